@@ -1,0 +1,261 @@
+"""The ki-ds command; the only reader of argv. Exit codes: 0 done, 2 the input is wrong, 1 anything else."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ki_ds import __version__, distributed
+from ki_ds.errors import StageFailed, UserError
+from ki_ds.experiment import Experiment, load_experiment
+from ki_ds.graph import stages
+from ki_ds.progress import duration, say
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Knowledge inheritance: pre-train a larger language model with the help of a smaller one.",
+)  # fmt: skip
+
+File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.json", help="the experiment file")]
+Scale = Annotated[str | None, typer.Option(help="apply one of the file's scales (a JSON merge patch)")]
+Workdir = Annotated[Path | None, typer.Option(help="where results go; default: work/<the experiment's name>")]
+Processes = Annotated[int | None, typer.Option(min=1, help="ranks on this machine; default: one a GPU, or 1")]
+Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed host file, for several machines")]
+Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")]
+Name = Annotated[str | None, typer.Option("--name", help="only this corpus, teacher@corpus or model")]
+ONLY = {
+    "corpus": ("tokenizer", "corpus"), "teach": ("teach",), "train": ("train",), "evaluate": ("evaluate",),
+    "report": ("report",),
+}  # fmt: skip
+
+
+def _open(file: Path, scale: str | None, workdir: Path | None, settings: list[str] | None) -> Any:
+    from ki_ds.workspace import Workspace
+
+    experiment = load_experiment(file, scale, tuple(settings or ()))
+    return Workspace(experiment, file, (workdir or Path("work") / experiment.name).absolute())
+
+
+def _run(
+    file: Path, scale: str | None, workdir: Path | None, processes: int | None, hostfile: Path | None,
+    settings: list[str] | None, only: str | None = None, name: str | None = None,
+) -> None:  # fmt: skip
+    from ki_ds.pipeline import Launch, run
+
+    distributed.quiet()
+    if only is not None and only not in ONLY:
+        raise UserError(f'--only: found "{only}"; allowed: {", ".join(ONLY)}')
+    if hostfile and not hostfile.exists():
+        raise UserError(f"--hostfile {hostfile}: no such file")
+    began = time.monotonic()
+    space = _open(file, scale, workdir, settings)
+    arguments = [str(file.absolute()), "--workdir", str(space.root)]
+    arguments += ["--scale", scale] if scale else []
+    arguments += [part for setting in settings or () for part in ("--set", setting)]
+    ranks = _slots(hostfile) if hostfile else processes or _devices()
+    run(space, Launch(arguments, ranks, hostfile), ONLY[only] if only else None, name)
+    if only in (None, "report"):
+        from ki_ds.report import words
+
+        summary = json.loads((space.root / "report" / "summary.json").read_text())
+        say(f"\n{space.experiment.name}: all done in {duration(time.monotonic() - began)}\n")
+        for line in words(summary):
+            say(line)
+        say(f"\nreport: {space.root / 'report' / 'report.html'}")
+
+
+def _devices() -> int:
+    import torch
+
+    return max(torch.cuda.device_count(), 1)
+
+
+def _slots(hostfile: Path) -> int:
+    """Ranks that a DeepSpeed host file asks for: lines `host slots=N`."""
+    total = 0
+    for number, line in enumerate(hostfile.read_text().splitlines(), 1):
+        fields = line.split("#")[0].split()
+        if not fields:
+            continue
+        if len(fields) != 2 or not fields[1].removeprefix("slots=").isdecimal():
+            raise UserError(f"{hostfile}:{number}: found {line.strip()!r}; expected `hostname slots=N`")
+        total += int(fields[1].removeprefix("slots="))
+    if not total:
+        raise UserError(f"{hostfile}: names no host; expected lines `hostname slots=N`")
+    return total
+
+
+@app.command("run")
+def run_command(
+    file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None, hostfile: Hostfile = None,
+    only: Annotated[str | None, typer.Option(help="corpus, teach, train, evaluate or report")] = None,
+    settings: Set = None,
+) -> None:  # fmt: skip
+    """Run the whole experiment; what is sealed already is not done again."""
+    _run(file, scale, workdir, processes, hostfile, settings, only)
+
+
+def _stage_command(kind: str, text: str) -> None:
+    def command(
+        file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None,
+        hostfile: Hostfile = None, name: Name = None, settings: Set = None,
+    ) -> None:  # fmt: skip
+        _run(file, scale, workdir, processes, hostfile, settings, kind, name)
+
+    command.__doc__ = text
+    app.command(kind)(command)
+
+
+_stage_command("corpus", "Train the tokenizer and tokenise the corpora.")
+_stage_command("teach", "Store the teachers' predictions.")
+_stage_command("train", "Train the models whose inputs are there.")
+_stage_command("evaluate", "Measure perplexities.")
+_stage_command("report", "Write the report.")
+
+
+@app.command()
+def demo(workdir: Workdir = None, processes: Processes = None, settings: Set = None) -> None:
+    """Run the demo: a student that inherits against the same student alone, on real text."""
+    _run(shipped("experiments/demo.json"), None, workdir, processes, None, settings)
+
+
+def shipped(name: str) -> Path:
+    """A file of ds_configs, in a checkout or in an installed package.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    places = [Path(__file__).parent.parent / "ds_configs", Path(sys.prefix) / "share" / "ki_ds" / "ds_configs"]
+    for place in places:
+        if (place / name).exists():
+            return place / name
+    raise UserError(f"ds_configs/{name} is not installed (looked in {places[0]} and {places[1]})")
+
+
+@app.command()
+def plan(
+    file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None, settings: Set = None
+) -> None:
+    """What will run, what is sealed already, and what it costs."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from ki_ds import pipeline
+
+    distributed.quiet()
+    space = _open(file, scale, workdir, settings)
+    pipeline.preflight(space, processes or _devices())
+    rows = pipeline.plan(space)
+    table = Table("stage", "state", *(column for column in COLUMNS), title=f"{space.experiment.name} in {space.root}")
+    for row in rows:
+        table.add_row(row["stage"], row["state"], *(_amount(row.get(c)) for c in COLUMNS))
+    todo = [row for row in rows if row["state"] != "sealed"]
+    sums = [sum(row.get(column, 0) for row in todo) if column != "parameters" else None for column in COLUMNS]
+    table.add_section()
+    table.add_row("still to do", "", *(_amount(total) for total in sums))
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+    say("bytes: targets before compression, which saves about a third; FLOPs: matrix products, training 3 × forward")
+
+
+COLUMNS = ("steps", "tokens", "flops", "bytes", "parameters")
+
+
+def _amount(value: float | None) -> str:
+    if not value:
+        return ""
+    for factor, letter in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= factor:
+            return f"{value / factor:.3g}{letter}"
+    return f"{value:.0f}"
+
+
+@app.command()
+def status(file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None) -> None:
+    """The state of every stage."""
+    from ki_ds.pipeline import stage_state
+    from ki_ds.progress import read_metrics
+
+    distributed.quiet()
+    space = _open(file, scale, workdir, settings)
+    meaning = {"sealed": "sealed", "unsealed": "begun", "absent": "to do", "other": "made from another experiment"}
+    for stage in stages(space.experiment):
+        found = meaning[stage_state(space, stage)]
+        steps = len(read_metrics(space.folder(stage) / "metrics.jsonl")) if stage.kind == "train" else 0
+        trained = space.experiment.models[stage.name].train if stage.kind == "train" else None
+        say(f"{found:30} {stage}" + (f" ({steps} of {trained.steps} steps)" if trained and steps else ""))
+
+
+@app.command()
+def schema() -> None:
+    """JSON Schema of the experiment file, for editors."""
+    say(
+        json.dumps(
+            {"$schema": "https://json-schema.org/draft/2020-12/schema", **Experiment.model_json_schema()}, indent=1
+        )
+    )
+
+
+@app.command()
+def doctor(workdir: Workdir = None) -> None:
+    """Versions, accelerators, DeepSpeed ops, launcher, disk; what is missing and how to install it."""
+    from ki_ds.doctor import examine
+
+    distributed.quiet()
+    if not examine(workdir or Path("work")):
+        raise typer.Exit(1)
+
+
+@app.command(hidden=True)
+def worker(
+    kind: str, file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None,
+    names: Annotated[list[str] | None, typer.Option("--name")] = None,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:  # fmt: skip
+    """One rank of an engine stage; started by a launcher."""
+    distributed.quiet()
+    from ki_ds.worker import work
+
+    if kind not in ONLY:
+        raise UserError(f'found stage "{kind}"; allowed: {", ".join(ONLY)}')
+    space = _open(file, scale, workdir, settings)
+    chosen = [stage for stage in stages(space.experiment) if stage.kind == kind and (not names or stage.name in names)]
+    unknown = set(names or ()) - {stage.name for stage in chosen}
+    if unknown:
+        known = ", ".join(stage.name for stage in stages(space.experiment) if stage.kind == kind)
+        raise UserError(f"--name {sorted(unknown)[0]}: there is no such {kind} stage; the experiment has {known}")
+    for stage in chosen:
+        work(stage, space)
+
+
+def version(shown: bool) -> None:
+    if shown:
+        say(f"ki-ds {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(_version: Annotated[bool, typer.Option("--version", callback=version, is_eager=True)] = False) -> None:
+    """Knowledge inheritance: pre-train a larger language model with the help of a smaller one."""
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run a command and end the process with its exit code."""
+    try:
+        app(args=arguments, standalone_mode=True)
+    except UserError as error:
+        if distributed.rank():
+            time.sleep(3)  # rank 0 most often says the same, and its end stops this process
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
+    except StageFailed as failed:
+        raise SystemExit(failed.code) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,99 @@
+"""The docstrings of installed Python packages, parsed from their files; nothing is imported."""
+
+from __future__ import annotations
+
+import ast
+import gc
+import importlib.util
+import inspect
+import multiprocessing
+import os
+import sysconfig
+import warnings
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+from ki_ds.errors import UserError, unreadable
+
+MIN_DOCSTRING_CHARACTERS = 200
+PARSERS = 2  # processes
+PARALLEL_FILES = 400  # fewer Python files are parsed sooner than the processes start
+
+_NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
+
+
+def documentation(names: Sequence[str], place: str) -> Iterator[tuple[str, str]]:
+    """(file, docstring) of the named packages, in order; "stdlib" is the standard library with the topics of `help()`.
+
+    Raises:
+        UserError: a package is not installed, or has no Python files.
+    """
+    paths = [path for index, name in enumerate(names) for path in _python_files(name, f"{place}.{index}")]
+    if len(paths) < PARALLEL_FILES:
+        for path in paths:
+            yield from ((path, text) for text in _docstrings(path))
+        return
+    # Spawned, since a fork of a process with threads can hang. Syntax trees have no cycles for the collector to find.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(PARSERS, mp_context=context, initializer=gc.disable) as pool:
+        for path, texts in zip(paths, pool.map(_docstrings, paths, chunksize=16), strict=True):
+            yield from ((path, text) for text in texts)
+
+
+def _python_files(name: str, place: str) -> list[str]:
+    if name == "stdlib":
+        roots, pruned = [sysconfig.get_path("stdlib")], _NOT_LIBRARY
+    else:
+        if not name.isidentifier():
+            raise UserError(f'{place}: "{name}" is not the name of a package; expected one like "torch", without dots')
+        try:
+            spec = importlib.util.find_spec(name)
+        except (ImportError, ValueError):  # what find_spec raises for modules loaded in unusual ways
+            spec = None
+        if spec is None:
+            raise UserError(f'{place}: the package "{name}" is not installed here; run `pip install {name}`')
+        roots, pruned = list(spec.submodule_search_locations or [spec.origin or ""]), {"__pycache__"}
+    paths = [root for root in roots if os.path.isfile(root) and root.endswith(".py")]
+    for root in roots:
+        for folder, folders, names in os.walk(root):
+            folders[:] = [child for child in folders if child not in pruned]
+            paths += [os.path.join(folder, file) for file in names if file.endswith(".py")]
+    if not paths:
+        raise UserError(f'{place}: "{name}" has no Python files here; leave it out, or take "stdlib"')
+    return sorted(paths)
+
+
+def _docstrings(path: str) -> list[str]:
+    """The long docstrings of a Python file in source order, or the help topics; none of a file that does not parse."""
+    try:
+        source = Path(path).read_bytes()
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return []
+    if Path(path).parts[-2:] == ("pydoc_data", "topics.py"):
+        return _topics(tree)
+    found: list[str] = []
+    pending: list[ast.AST] = [tree]
+    while pending:
+        node = pending.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = inspect.cleandoc(ast.get_docstring(node, clean=False) or "")
+            if len(text) >= MIN_DOCSTRING_CHARACTERS:
+                found.append(text)
+        bodies = (getattr(node, part, None) for part in ("body", "handlers", "orelse", "finalbody", "cases"))
+        pending += reversed([child for body in bodies if isinstance(body, list) for child in body])
+    return found
+
+
+def _topics(tree: ast.Module) -> list[str]:
+    for statement in tree.body:
+        if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Dict):
+            topics: dict[str, str] = ast.literal_eval(statement.value)
+            return [topics[key] for key in sorted(topics)]
+    return []

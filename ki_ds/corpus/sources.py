@@ -1,0 +1,350 @@
+"""Documents from the sources of a corpus: a deterministic stream of text, one document in memory at a time.
+
+Text is UTF-8 with universal newlines. Bytes that are no UTF-8 are decoded to lone surrogates, as JSON's `\\ud800` is,
+so that one place finds both, counts them and tells them from a U+FFFD that stands in the file.
+"""
+
+from __future__ import annotations
+
+import bz2
+import codecs
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any, Literal
+
+import fsspec
+from fsspec.registry import known_implementations
+
+from ki_ds.corpus.documentation import documentation
+from ki_ds.errors import UserError, nearest, reason, unreadable
+from ki_ds.experiment import (
+    SOURCE_KINDS,
+    DatasetSource,
+    DocumentationSource,
+    JsonLinesSource,
+    ParquetSource,
+    Source,
+    TextSource,
+)
+
+MAX_DOCUMENT_CHARACTERS = 1 << 20
+READ_BYTES = 1 << 20
+PARQUET_ROWS = 64  # in memory at once
+
+FileSource = TextSource | JsonLinesSource | ParquetSource
+
+_BLANK_LINES = re.compile(r"\n\s*\n")
+_TO_LAST_SPACE = re.compile(r".*\s", re.DOTALL)
+_SPACES = re.compile(r"\s*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+codecs.register_error("ki_ds.mark", lambda error: ("\udcff", error.end))  # type: ignore[attr-defined]
+
+
+@dataclass
+class Tally:
+    """What has been yielded; `invalid_utf8` counts the documents in which something was replaced."""
+
+    documents: int = 0
+    characters: int = 0
+    invalid_utf8: int = 0
+
+
+@dataclass(frozen=True)
+class _Rule:
+    """What is done with text that is no UTF-8."""
+
+    place: str
+    refuse: bool
+
+    def decode_errors(self) -> str:
+        return "strict" if self.refuse else "ki_ds.mark"
+
+    def refusal(self, where: str, what: str) -> UserError:
+        return UserError(
+            f'{where}: not UTF-8: {what}; convert it, or replace it with U+FFFD by {self.place}.invalid_utf8: "replace"'
+        )
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    size_bytes: int
+    open: Callable[[], Any]
+
+
+def documents(
+    sources: Sequence[Source],
+    bases: Sequence[Path],
+    place: str,
+    invalid_utf8: Literal["replace", "refuse"],
+    tally: Tally,
+) -> Iterator[str]:
+    """All documents of the sources, in order: stripped, none empty, each at most MAX_DOCUMENT_CHARACTERS long.
+
+    A longer document comes in pieces, cut at whitespace where there is some. Relative paths are looked up in `bases`,
+    the first with a match wins. `place` is the corpus's JSON path, for errors. `tally` counts what is yielded.
+
+    Raises:
+        UserError: a source is missing, unreadable or lacks the field, or it is not UTF-8 and that is refused.
+    """
+    rule = _Rule(place, refuse=invalid_utf8 == "refuse")
+    for index, source in enumerate(sources):
+        for where, text in _texts(source, bases, f"{place}.sources.{index}", rule):
+            for piece in filter(None, _pieces(text.strip())):
+                if _SURROGATE.search(piece):
+                    if rule.refuse:
+                        raise rule.refusal(where, "a lone surrogate")
+                    tally.invalid_utf8 += 1
+                    piece = _SURROGATE.sub("\ufffd", piece)
+                tally.documents += 1
+                tally.characters += len(piece)
+                yield piece
+
+
+def files(source: FileSource, bases: Sequence[Path], place: str) -> list[tuple[str, int]]:
+    """The absolute path or URL and the size in bytes of each file of a source, sorted.
+
+    A file system that does not tell a size, as some web servers, counts as 0. `place` is the source's JSON path.
+
+    Raises:
+        UserError: no file matches, or the file system cannot be reached.
+    """
+    return [(file.name, file.size_bytes) for file in _found(source, bases, place)]
+
+
+def _texts(source: Source, bases: Sequence[Path], place: str, rule: _Rule) -> Iterator[tuple[str, str]]:
+    """Where each text stands, for errors, and the text."""
+    match source:
+        case TextSource():
+            for file in _found(source, bases, place):
+                for text in _paragraphs(_blocks(file, rule)):
+                    yield file.name, text
+        case JsonLinesSource():
+            for file in _found(source, bases, place):
+                yield from _json_lines(file, source.field, rule)
+        case ParquetSource():
+            for file in _found(source, bases, place):
+                yield from _parquet(file, source.field, rule)
+        case DatasetSource():
+            yield from _dataset(source, bases, place)
+        case DocumentationSource():
+            yield from documentation(source.installed_documentation, f"{place}.installed_documentation")
+
+
+# ------------------------------------------------------------------------------------------------------- files
+
+
+def _found(source: FileSource, bases: Sequence[Path], place: str) -> list[_File]:
+    kind = next(kind for kind, cls in SOURCE_KINDS.items() if isinstance(source, cls))
+    pattern: str = getattr(source, kind)
+    local = "://" not in pattern
+    found = _local(pattern, bases) if local else _remote(pattern, f"{place}.{kind}")
+    if not found:
+        looked = "" if not local or os.path.isabs(pattern) else f" (looked in {', '.join(map(str, bases))})"
+        raise UserError(
+            f"{place}.{kind}: no file matches {pattern}{looked}; expected the path, glob or fsspec URL of files "
+            "(the files of a folder are FOLDER/**/*)"
+        )
+    return sorted(found, key=lambda file: file.name)
+
+
+def _local(pattern: str, bases: Sequence[Path]) -> list[_File]:
+    pattern = os.path.expanduser(pattern)
+    for base in bases or (Path(),):
+        # A name that exists is meant as it stands, whatever brackets it has. Links are not resolved: the endings count.
+        names = [pattern] if os.path.isfile(base / pattern) else glob.glob(pattern, root_dir=base, recursive=True)
+        paths = {os.path.abspath(base / name) for name in names if os.path.isfile(base / name)}
+        if paths:
+            return [_File(path, os.path.getsize(path), partial(open, path, "rb")) for path in paths]
+    return []
+
+
+def _remote(pattern: str, place: str) -> list[_File]:
+    try:
+        system, path = fsspec.url_to_fs(pattern)
+        found = {path: system.info(path)} if system.isfile(path) else system.glob(path, detail=True)
+    except Exception as error:  # every file system has exceptions of its own
+        remedy = _installation(pattern, error) or "check the URL, the network and the credentials"
+        raise UserError(f"{place}: {pattern} cannot be listed: {reason(error)}; {remedy}") from error
+    return [
+        _File(system.unstrip_protocol(path), info.get("size") or 0, partial(system.open, path, "rb"))
+        for path, info in found.items()
+        if info["type"] == "file"
+    ]
+
+
+def _installation(pattern: str, error: Exception) -> str:
+    for protocol in re.findall(r"([A-Za-z0-9+.-]+)://", pattern):
+        known = known_implementations.get(protocol, {})
+        if known.get("err") == str(error):
+            package = known["class"].partition(".")[0]
+            extra = f'"fsspec[{protocol.replace("https", "http")}]"'
+            return f"run `pip install {extra if package == 'fsspec' else package}`"
+    return ""
+
+
+def _decompressed(raw: IO[bytes], name: str) -> Any:
+    match os.path.splitext(name)[1].lower():
+        case ".gz":
+            return gzip.open(raw)
+        case ".xz":
+            return lzma.open(raw)
+        case ".bz2":
+            return bz2.open(raw)
+        case ".zst":
+            import pyarrow  # zstandard's own reader takes a file that is cut short for a whole one
+
+            return pyarrow.CompressedInputStream(raw, "zstd")
+    return raw
+
+
+def _blocks(file: _File, rule: _Rule) -> Iterator[str]:
+    """The text of a file in blocks of about READ_BYTES, decompressed, without a byte order mark."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(rule.decode_errors()), translate=True)
+    mark, position = "\ufeff", 0
+    try:
+        with file.open() as raw, _decompressed(raw, file.name) as stream:
+            for block in chain(iter(lambda: stream.read(READ_BYTES), b""), (b"",)):
+                position += len(block)
+                text = decoder.decode(block, final=not block)
+                yield text.removeprefix(mark)
+                mark = "" if text else mark
+    except UnicodeDecodeError as error:  # its object ends where the block does, and begins with what was pending
+        offset = position - len(error.object) + error.start
+        raise rule.refusal(f"{file.name}: byte {offset}", error.reason) from error
+    except Exception as error:  # every file system and decompressor has exceptions of its own
+        raise unreadable(file.name, error) from error
+
+
+# -------------------------------------------------------------------------------------------------- documents
+
+
+def _paragraphs(blocks: Iterable[str]) -> Iterator[str]:
+    """The texts between blank lines; what is yielded does not depend on where the blocks were cut."""
+    rest = ""
+    for block in chain(blocks, ("\n\n",)):
+        *ended, rest = _BLANK_LINES.split(rest + block)
+        yield from ended
+        *pieces, rest = _pieces(rest)
+        yield from pieces
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """A text, left-stripped, cut at the last whitespace before the limit; all pieces but the last are stripped."""
+    start = _SPACES.match(text).end()  # type: ignore[union-attr]
+    while len(text) - start > MAX_DOCUMENT_CHARACTERS:
+        limit = start + MAX_DOCUMENT_CHARACTERS
+        space = _TO_LAST_SPACE.match(text, start, limit + 1)
+        cut = space.end() - 1 if space else limit
+        yield text[start:cut].rstrip()
+        start = _SPACES.match(text, cut).end()  # type: ignore[union-attr]
+    yield text[start:]
+
+
+def _lines(blocks: Iterable[str]) -> Iterator[str]:
+    pending: list[str] = []
+    for block in chain(blocks, ("\n",)):
+        first, *others = block.split("\n")
+        pending.append(first)
+        for other in others:
+            yield "".join(pending)
+            pending = [other]
+
+
+def _json_lines(file: _File, field: str, rule: _Rule) -> Iterator[tuple[str, str]]:
+    for number, line in enumerate(_lines(_blocks(file, rule)), start=1):
+        if not line.strip():
+            continue
+        where = f"{file.name}:{number}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{where}: not JSON: {reason(error)}; expected one object a line") from error
+        if not isinstance(row, dict):
+            raise UserError(f"{where}: found {_kind(row)}; expected one object a line")
+        _check_field(field, list(row), where)
+        if not isinstance(row[field], str):
+            raise UserError(f'{where}: "{field}" is {_kind(row[field])}; expected a string')
+        yield where, row[field]
+
+
+def _kind(value: Any) -> str:
+    return "null" if value is None else f"a value of type {type(value).__name__}"
+
+
+def _check_field(field: str, present: Sequence[str], where: str) -> None:
+    if field not in present:
+        listed = ", ".join(map(repr, present[:20])) + (", ..." if len(present) > 20 else "")
+        raise UserError(
+            f'{where}: there is no "{field}", only {listed or "nothing"}; set the source\'s "field"'
+            f"{nearest(field, present)}"
+        )
+
+
+def _parquet(file: _File, field: str, rule: _Rule) -> Iterator[tuple[str, str]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with file.open() as raw:
+            table = parquet.ParquetFile(raw, buffer_size=READ_BYTES)
+            _check_field(field, table.schema_arrow.names, file.name)
+            kind = table.schema_arrow.field(field).type
+            plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+            if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
+                raise UserError(f'{file.name}: the column "{field}" is of type {kind}; expected strings')
+            batches = table.iter_batches(PARQUET_ROWS, columns=[field])
+            # As bytes, since Arrow checks no UTF-8 and Python would, with an error for the whole batch.
+            values = chain.from_iterable(b.column(0).cast(plain).cast(pyarrow.large_binary()) for b in batches)
+            for row, value in enumerate(values):
+                if value.is_valid:
+                    where = f"{file.name}: row {row}"
+                    yield where, _decoded(value.as_py(), where, rule)
+    except UserError:
+        raise
+    except Exception as error:  # Arrow's own, and those of every file system
+        raise unreadable(file.name, error) from error
+
+
+def _decoded(value: bytes, where: str, rule: _Rule) -> str:
+    try:
+        return value.decode("utf-8", rule.decode_errors())
+    except UnicodeDecodeError as error:
+        raise rule.refusal(f"{where}: byte {error.start}", error.reason) from error
+
+
+def _dataset(source: DatasetSource, bases: Sequence[Path], place: str) -> Iterator[tuple[str, str]]:
+    try:
+        import datasets
+    except ImportError as error:
+        raise UserError(f"{place}.dataset: {reason(error)}; run `pip install datasets`") from error
+
+    name = next((str(base / source.dataset) for base in bases if (base / source.dataset).is_dir()), source.dataset)
+    where = f"{place}.dataset: {name}"
+    try:
+        rows = datasets.load_dataset(name, source.configuration, split=source.split, streaming=True)
+        for number, row in enumerate(rows):
+            _check_field(source.field, list(row), where)
+            text = row[source.field]
+            if isinstance(text, str):
+                yield f"{where}: row {number}", text
+            elif text is not None:
+                raise UserError(f'{where}: row {number}: "{source.field}" is {_kind(text)}; expected a string')
+    except UserError:
+        raise
+    except Exception as error:  # of datasets, of the hub, of the network and of the files
+        raise UserError(
+            f"{where}: cannot be loaded: {reason(error)}; check the name, the configuration "
+            f'{source.configuration!r}, the split "{source.split}" and the network'
+        ) from error

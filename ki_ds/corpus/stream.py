@@ -1,0 +1,136 @@
+"""The stream: data order as a pure function of (corpus, seed, position).
+
+Position i of a corpus names a pair (sequence, view). With n sequences, i lies in epoch e = i // n; the sequence is
+perm_e(i mod n), a pseudo-random permutation that costs O(1) memory (a Feistel network with cycle walking, Black and
+Rogaway 2002); the view is e mod `views`. Several corpora are interleaved with low discrepancy, also by arithmetic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from ki_ds.corpus.hashing import counter_hash, derive_key, mix64
+
+ROUNDS = 6
+Positions = np.ndarray  # int64, any shape unless said otherwise
+
+
+class Permutation:
+    """A pseudo-random permutation of range(size), keyed, invertible, vectorised, without a table."""
+
+    def __init__(self, size: int, key: int):
+        if size < 1:
+            raise ValueError(f"a permutation needs at least one element, got {size}")
+        self.size = size
+        self.half_bits = np.uint64(max((size - 1).bit_length() + 1, 2) // 2)
+        self.mask = np.uint64((1 << int(self.half_bits)) - 1)
+        self.keys = [int(k) for k in counter_hash(key, np.arange(ROUNDS))]
+
+    def _pass(self, values: np.ndarray, inverse: bool) -> np.ndarray:
+        left, right = values >> self.half_bits, values & self.mask
+        with np.errstate(over="ignore"):
+            for key in self.keys[::-1] if inverse else self.keys:
+                if inverse:
+                    left, right = right ^ (mix64(left + np.uint64(key)) & self.mask), left
+                else:
+                    left, right = right, left ^ (mix64(right + np.uint64(key)) & self.mask)
+        return (left << self.half_bits) | right
+
+    def _walk(self, values: Positions, inverse: bool) -> Positions:
+        flat = np.asarray(values, dtype=np.int64).ravel()
+        if flat.size and (flat.min() < 0 or flat.max() >= self.size):
+            raise ValueError(f"values must lie in [0, {self.size})")
+        result = self._pass(flat.astype(np.uint64), inverse)
+        while len(outside := np.flatnonzero(result >= self.size)):  # under four passes on average
+            result[outside] = self._pass(result[outside], inverse)
+        return result.astype(np.int64).reshape(np.shape(values))
+
+    def __call__(self, values: Positions) -> Positions:
+        """Images of the values."""
+        return self._walk(values, inverse=False)
+
+    def inverse(self, values: Positions) -> Positions:
+        """Preimages of the values."""
+        return self._walk(values, inverse=True)
+
+
+@dataclass(frozen=True)
+class CorpusStream:
+    """The endless stream over one corpus of `size` sequences."""
+
+    size: int
+    views: int
+    seed: int
+    corpus: str  # the corpus's content digest
+
+    def permutation(self, epoch: int) -> Permutation:
+        """The order of an epoch."""
+        return Permutation(self.size, derive_key("order", self.seed, self.corpus, epoch))
+
+    def pairs(self, positions: Positions) -> tuple[Positions, Positions]:
+        """Positions [N] to (sequences [N], views [N])."""
+        positions = np.asarray(positions, dtype=np.int64)
+        epochs, places = np.divmod(positions, self.size)
+        sequences = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            sequences[here] = self.permutation(int(epoch))(places[here])
+        return sequences, epochs % self.views
+
+    def first_positions(self, positions: Positions) -> Positions:
+        """Where each position's (sequence, view) pair stood in the first `views` epochs, the order of the targets."""
+        positions = np.asarray(positions, dtype=np.int64)
+        stored = positions.copy()
+        late = positions >= self.views * self.size
+        if late.any():
+            sequences, views = self.pairs(positions[late])
+            found = np.empty_like(sequences)
+            for view in np.unique(views):
+                here = views == view
+                found[here] = view * self.size + self.permutation(int(view)).inverse(sequences[here])
+            stored[late] = found
+        return stored
+
+
+class Mix:
+    """A low-discrepancy interleave of weighted streams by arithmetic: position -> (which stream, place in it).
+
+    Stream 0 takes n_0(i) = floor((i·p + q/2) / q) of the first i positions (p/q its share of the whole); the rest is
+    divided in the same way. Exact integers throughout: no drift at any position below 2^47.
+    """
+
+    def __init__(self, weights: Sequence[float]):
+        if not weights or min(weights) <= 0:
+            raise ValueError("weights must be positive")
+        self.shares = [
+            Fraction(weights[i] / sum(weights[i:])).limit_denominator(1 << 15) for i in range(len(weights) - 1)
+        ]
+
+    def _count(self, share: Fraction, positions: Positions) -> Positions:
+        return (positions * share.numerator + share.denominator // 2) // share.denominator
+
+    def counts(self, position: int) -> list[int]:
+        """How many of the first `position` positions fall to each stream."""
+        counts, rest = [], position
+        for share in self.shares:
+            here = int(self._count(share, np.int64(rest)))
+            counts.append(here)
+            rest -= here
+        return [*counts, rest]
+
+    def __call__(self, positions: Positions) -> tuple[Positions, Positions]:
+        """Positions [N] to (stream index [N], place in that stream [N])."""
+        places = np.array(positions, dtype=np.int64)
+        streams = np.full(places.shape, len(self.shares), dtype=np.int64)
+        open_ = np.ones(places.shape, dtype=bool)
+        for index, share in enumerate(self.shares):
+            before = self._count(share, places)
+            chosen = open_ & (self._count(share, places + 1) > before)
+            streams[chosen] = index
+            places = np.where(chosen, before, np.where(open_, places - before, places))
+            open_ &= ~chosen
+        return streams, places

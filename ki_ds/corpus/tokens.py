@@ -1,0 +1,155 @@
+"""Stage: text to a memory-mapped array of token sequences, split into a training and a validation part.
+
+Documents are cut into one flow of tokens with the separator behind each, and the flow into sequences of S tokens:
+causal: S tokens; masked: begin token, S - 2 tokens, separator (RoBERTa's full sentences across document boundaries,
+Liu et al. 2019, section 4.2, cut at tokens rather than sentences). The rest that fills no sequence is dropped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from ki_ds.corpus.sources import Tally, documents
+from ki_ds.corpus.tokenizer import TextTokenizer
+from ki_ds.errors import UserError
+from ki_ds.experiment import Corpus
+from ki_ds.progress import Progress
+from ki_ds.sealed import Manifest, open_sealed, remedy
+
+BATCH_CHARACTERS = 1 << 20
+PARTS = ("train", "validation")
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An opened corpus."""
+
+    manifest: Manifest
+    train: np.ndarray  # [sequences, S] memory map
+    validation: np.ndarray
+
+    @property
+    def digest(self) -> str:
+        """Of the contents."""
+        return self.manifest.digest
+
+
+def open_tokens(folder: Path) -> Tokens:
+    """Open a sealed corpus folder.
+
+    Raises:
+        UserError: it is not sealed, or a file of it was lost or cut.
+    """
+    manifest = open_sealed(folder)
+    facts = manifest.facts
+    shape = (-1, facts["sequence_length"])
+    parts = [np.memmap(folder / f"{part}.bin", facts["dtype"], mode="r").reshape(shape) for part in PARTS]
+    return Tokens(manifest, *parts)
+
+
+def held_out(text: str, share: float) -> bool:
+    """Whether a document belongs to the validation part: by a hash of its text, so that duplicates stay together."""
+    return xxhash.xxh3_64_intdigest(text.encode(), seed=1) < share * 2.0**64
+
+
+class _Writer:
+    """One part: a flow of tokens, cut into sequences and appended to a file."""
+
+    def __init__(self, path: Path, length: int, dtype: np.dtype, begin: int | None, end: int | None):
+        self.file = path.open("wb")
+        self.length, self.dtype = length, dtype
+        self.before = [] if begin is None else [begin]
+        self.after = [] if end is None else [end]
+        self.width = length - len(self.before) - len(self.after)
+        self.waiting: list[int] = []
+        self.sequences = 0
+        self.digest = xxhash.xxh3_128()
+
+    def append(self, ids: list[int]) -> None:
+        self.waiting += ids
+        if len(self.waiting) >= 64 * self.width:
+            self.flush()
+
+    def flush(self) -> None:
+        count = len(self.waiting) // self.width
+        flow = np.asarray(self.waiting[: count * self.width], self.dtype).reshape(count, self.width)
+        rows = np.empty((count, self.length), self.dtype)
+        rows[:, : len(self.before)] = self.before
+        rows[:, len(self.before) : len(self.before) + self.width] = flow
+        rows[:, self.length - len(self.after) :] = self.after
+        data = rows.tobytes()
+        self.file.write(data)
+        self.digest.update(data)
+        self.sequences += count
+        del self.waiting[: count * self.width]
+
+    def close(self) -> None:
+        self.flush()
+        self.file.close()
+
+
+def build(
+    folder: Path, name: str, corpus: Corpus, bases: list[Path], tokenizer: TextTokenizer, objective: str, length: int
+) -> dict[str, Any]:
+    """Tokenise a corpus into `folder`; returns the facts for its manifest. Memory is bounded by a batch of documents.
+
+    Raises:
+        UserError: a source cannot be read, either part comes out empty, or the disk is full.
+    """
+    place = f"corpora.{name}"
+    dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
+    begin, end = (tokenizer.begin, tokenizer.separator) if objective == "mlm" else (None, None)
+    tally = Tally()
+    writers: dict[str, _Writer] = {}
+    try:
+        for part in PARTS:
+            writers[part] = _Writer(folder / f"{part}.bin", length, dtype, begin, end)
+        with Progress(f"corpus {name}", None, "documents") as progress:
+            for batch in _batches(documents(corpus.sources, bases, place, corpus.invalid_utf8, tally)):
+                for text, ids in zip(batch, tokenizer.encode(batch), strict=True):
+                    part = "validation" if held_out(text, corpus.validation) else "train"
+                    writers[part].append([*ids, tokenizer.separator])
+                progress.advance(len(batch), f"{tally.characters / 1e6:,.1f}M characters")
+        for writer in writers.values():
+            writer.close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}. {remedy(error)}") from None
+    sequences = {part: writer.sequences for part, writer in writers.items()}
+    for part in PARTS:
+        if not sequences[part]:
+            more = f" or a larger {place}.validation (now {corpus.validation})" if part == "validation" else ""
+            raise UserError(
+                f"{place}: {tally.documents} documents, {tally.characters} characters, give no {part} sequence of "
+                f"{length} tokens. Expected more text{more} or a smaller sequence_length."
+            )
+    contents = [writers[part].digest.hexdigest() for part in PARTS]
+    return {
+        "content": xxhash.xxh3_128_hexdigest("|".join([*contents, dtype.str, str(length), tokenizer.digest]).encode()),
+        "tokenizer": tokenizer.digest,
+        "vocabulary": tokenizer.size,
+        "sequence_length": length,
+        "dtype": dtype.str,
+        "sequences": sequences,
+        "documents": tally.documents,
+        "characters": tally.characters,
+        "invalid_utf8": tally.invalid_utf8,
+    }
+
+
+def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
+    batch: list[str] = []
+    size = 0
+    for text in texts:
+        batch.append(text)
+        size += len(text)
+        if size >= BATCH_CHARACTERS:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch

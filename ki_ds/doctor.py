@@ -1,0 +1,86 @@
+"""What this machine has for the pipeline, what is missing, and the command that installs it."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+import shutil
+from importlib import metadata
+from pathlib import Path
+
+from ki_ds.progress import say
+
+PACKAGES = (
+    "torch", "deepspeed", "transformers", "accelerate", "tokenizers", "datasets", "pydantic", "typer", "rich", "zstandard",
+    "xxhash", "numpy", "safetensors", "fsspec", "pyarrow", "jinja2", "matplotlib", "tensorboard",
+)  # fmt: skip
+OPTIONAL = {"triton": "gpu", "mpi4py": "mpi", "sklearn": "finetune"}
+PROGRAMS = {
+    "g++": "needed where DeepSpeed compiles ops (CPU offload): apt-get install g++",
+    "pdsh": "starts ranks on several nodes over ssh: apt-get install pdsh",
+    "mpirun": "another way to start ranks on several nodes: apt-get install openmpi-bin",
+    "numactl": "binds ranks to cores (--bind_cores_to_rank): apt-get install numactl",
+}
+LEAST_DISK_GB = 2.0
+
+
+def examine(workdir: Path) -> bool:
+    """Print the findings; whether everything that is needed is there."""
+    say(f"python {platform.python_version()} on {platform.platform()}")
+    missing = [name for name in PACKAGES if not _version(name)]
+    say("packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES if name not in missing))
+    if missing:
+        say(f"MISSING: {', '.join(missing)}; run: pip install {' '.join(missing)}")
+        return False
+    for name, extra in OPTIONAL.items():
+        found = importlib.util.find_spec(name) is not None
+        say(f"optional {name}: " + ("there" if found else f"not there; pip install 'ki_ds[{extra}]'"))
+    _accelerators()
+    launcher = shutil.which("deepspeed")
+    say(f"deepspeed launcher: {launcher or 'not on PATH; ki-ds starts it as python -m deepspeed.launcher.runner'}")
+    for name, purpose in PROGRAMS.items():
+        say(f"{name}: {shutil.which(name) or 'not there; ' + purpose}")
+    return _disk(workdir)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _accelerators() -> None:
+    import torch
+
+    for index in range(torch.cuda.device_count()):
+        found = torch.cuda.get_device_properties(index)
+        say(
+            f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+        )
+    if not torch.cuda.is_available():
+        say(
+            f"no CUDA device (torch {torch.__version__}): training runs on the CPU with {torch.get_num_threads()} threads"
+        )
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.ops.op_builder import ALL_OPS
+
+    say(f"deepspeed accelerator: {get_accelerator().device_name()}")
+    ready, others = [], []
+    for name, builder in ALL_OPS.items():
+        try:
+            compatible = builder.is_compatible(verbose=False)
+        except Exception:  # a builder may fail in any way on a machine without its tool chain
+            compatible = False
+        (ready if compatible else others).append(name)
+    say(f"deepspeed ops that can be compiled here: {', '.join(ready) or 'none'}; not: {', '.join(others) or 'none'}")
+
+
+def _disk(workdir: Path) -> bool:
+    folder = next(one for one in (workdir.absolute(), *workdir.absolute().parents) if one.exists())
+    free = shutil.disk_usage(folder).free / 1e9
+    say(f"disk: {free:,.1f} GB free under {folder}")
+    if free < LEAST_DISK_GB:
+        say(f"MISSING: at least {LEAST_DISK_GB:g} GB of disk; choose another --workdir")
+        return False
+    return True

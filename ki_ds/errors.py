@@ -1,0 +1,42 @@
+"""What a user can put right, and what a launched stage could not."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake in the input, with the place, what was found, what was expected and the remedy.
+
+    The command line prints the message without a traceback and exits with code 2.
+    """
+
+
+class StageFailed(Exception):
+    """A launched stage ended without sealing its folder; `code` is the exit code to pass on."""
+
+    def __init__(self, message: str, code: int):
+        super().__init__(message)
+        self.code = code
+
+
+def nearest(name: str, allowed: Iterable[str]) -> str:
+    """`'; did you mean "x"?'` for the closest of the allowed names, or an empty string."""
+    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def reason(error: BaseException) -> str:
+    """The first line of what a library's exception says."""
+    text = (isinstance(error, OSError) and error.strerror) or str(error)
+    return text.strip().partition("\n")[0][:300] or type(error).__name__
+
+
+def unreadable(name: str, error: Exception) -> UserError:
+    """The error of a file that cannot be read."""
+    if isinstance(error, PermissionError):
+        remedy = "make it readable for this user"
+    else:
+        remedy = "it may be cut short, damaged or not what its ending says: fetch it again, or leave it out"
+    return UserError(f"{name}: cannot be read: {reason(error)}; {remedy}")

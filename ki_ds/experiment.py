@@ -1,0 +1,304 @@
+"""The experiment file: JSON, read once and strictly into typed, frozen objects.
+
+Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. References between the parts
+(the graph of models) are checked by `ki_ds.graph`.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from ki_ds.errors import UserError, nearest
+from ki_ds.strict import Strict, assignment, merge_patch, parse, read_json
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+
+
+# ---------------------------------------------------------------------------------------------------- corpora
+
+
+class TextSource(Strict):
+    """Text files; blank lines separate documents."""
+
+    text: str = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
+
+
+class JsonLinesSource(Strict):
+    """JSON Lines files; a document a line."""
+
+    jsonl: str = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
+    field: str = Field("text", description="the key that holds the document's text")
+
+
+class ParquetSource(Strict):
+    """Parquet files; a document a row."""
+
+    parquet: str = Field(description="path, glob or fsspec URL")
+    field: str = Field("text", description="the column that holds the document's text")
+
+
+class DatasetSource(Strict):
+    """A Hugging Face dataset by name or folder, streamed."""
+
+    dataset: str
+    configuration: str | None = None
+    split: str = "train"
+    field: str = "text"
+
+
+class DocumentationSource(Strict):
+    """Docstrings and topics of installed Python packages, parsed from their files without importing them."""
+
+    installed_documentation: Annotated[list[str], Field(min_length=1)] = Field(
+        description='names of packages; "stdlib" is the standard library'
+    )
+
+
+SOURCE_KINDS = {
+    "text": TextSource,
+    "jsonl": JsonLinesSource,
+    "parquet": ParquetSource,
+    "dataset": DatasetSource,
+    "installed_documentation": DocumentationSource,
+}
+
+
+def _source_kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        return next((kind for kind in SOURCE_KINDS if kind in value), None)
+    return next((kind for kind, cls in SOURCE_KINDS.items() if isinstance(value, cls)), None)
+
+
+Source = Annotated[
+    Annotated[TextSource, Tag("text")]
+    | Annotated[JsonLinesSource, Tag("jsonl")]
+    | Annotated[ParquetSource, Tag("parquet")]
+    | Annotated[DatasetSource, Tag("dataset")]
+    | Annotated[DocumentationSource, Tag("installed_documentation")],
+    Discriminator(
+        _source_kind,
+        custom_error_type="source_kind",
+        custom_error_message=f"a source has exactly one of the keys {', '.join(SOURCE_KINDS)}",
+    ),
+]
+
+
+class Corpus(Strict):
+    """A named collection of documents of one domain."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    validation: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.005, description="share of the documents held out, chosen by a hash of their text"
+    )
+    invalid_utf8: Literal["replace", "refuse"] = "replace"
+
+
+class TrainTokenizer(Strict):
+    """A byte-level BPE tokenizer, trained on named corpora."""
+
+    vocabulary_size: Annotated[int, Field(ge=261, le=1 << 24)] = Field(
+        description="ids in all: 256 bytes and the special tokens come first"
+    )
+    on: Annotated[list[Name], Field(min_length=1)]
+
+
+class Tokenizer(Strict):
+    """Exactly one of the two."""
+
+    train: TrainTokenizer | None = None
+    pretrained: str | None = Field(None, description="a Hugging Face tokenizer folder or name")
+
+    @model_validator(mode="after")
+    def _one(self) -> Tokenizer:
+        if (self.train is None) == (self.pretrained is None):
+            raise ValueError('give exactly one of "train" and "pretrained"')
+        return self
+
+
+class Masking(Strict):
+    """Masked-language-model views (Devlin et al. 2019): of the chosen tokens 80 % masked, 10 % random, 10 % kept."""
+
+    probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    views: Annotated[int, Field(gt=0, le=1000)] = Field(10, description="different maskings of a sequence")
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+class Train(Strict):
+    """How a model is trained. Defaults are the paper's (appendix, pre-training settings)."""
+
+    on: Annotated[dict[Name, Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+        description="corpora and their weights in the mix"
+    )
+    steps: Positive
+    batch_size: Positive = Field(description="sequences a step, over all ranks")
+    learning_rate: Annotated[float, Field(gt=0)]
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences a rank computes at once; default: the largest divisor up to 32"
+    )
+    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises linearly")
+    betas: tuple[Share, Share] = (0.9, 0.98)
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global norm; 0: none")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    evaluate_every: Positive | None = Field(None, description="steps; default: a twentieth of the run")
+    checkpoint_every: Positive | None = Field(None, description="steps; default: a tenth of the run")
+    keep_checkpoints: Positive = 2
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def evaluation_steps(self) -> int:
+        return self.evaluate_every or max(self.steps // 20, 1)
+
+    @property
+    def checkpoint_steps(self) -> int:
+        return self.checkpoint_every or max(self.steps // 10, 1)
+
+
+class TargetSettings(Strict):
+    """What is kept of a teacher's prediction at each position."""
+
+    select: Literal["top_k"] = "top_k"
+    k: Annotated[int, Field(gt=0, le=1024)] = 100
+
+
+class Inherit(Strict):
+    """From whom a model inherits on each corpus, and for how long (section 3)."""
+
+    teachers: Annotated[dict[Name, Name], Field(min_length=1)] = Field(alias="from", description="corpus: teacher")
+    schedule: Literal["linear", "heaviside", "constant"] = "linear"
+    alpha_T: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="linear: alpha falls from 1 by alpha_T / steps a step; heaviside: it drops to 0 where linear ends",
+    )
+    teacher_steps: Positive | None = Field(None, description="steps with alpha > 0; the same as alpha_T = steps / this")
+    alpha: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the value of the constant schedule")
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    targets: TargetSettings = TargetSettings()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Inherit:
+        if self.schedule == "constant":
+            if self.alpha_T is not None:
+                raise ValueError(
+                    'the constant schedule takes "alpha" and, to end early, "teacher_steps"; not "alpha_T"'
+                )
+        elif (self.alpha_T is None) == (self.teacher_steps is None):
+            raise ValueError('give exactly one of "alpha_T" and "teacher_steps"')
+        elif self.alpha is not None:
+            raise ValueError('"alpha" belongs to the constant schedule')
+        return self
+
+
+class Model(Strict):
+    """Exactly one origin (architecture, start_from, pretrained); trained here, or used as it is."""
+
+    architecture: str | dict[str, Any] | None = Field(
+        None, description="a name of the table in ki_ds/models.py or an inline Hugging Face configuration"
+    )
+    start_from: Name | None = Field(None, description="another model of this experiment")
+    pretrained: str | None = Field(None, description="a Hugging Face model folder or name")
+    padded_vocabulary: bool = Field(
+        False, description="the pretrained head has rows beyond the tokenizer's vocabulary, to be left out"
+    )
+    train: Train | None = None
+    inherit: Inherit | None = None
+    seed: int | None = Field(None, description="for initial weights and dropout; default: the experiment's")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        if sum(origin is not None for origin in (self.architecture, self.start_from, self.pretrained)) != 1:
+            raise ValueError('give exactly one of "architecture", "start_from" and "pretrained"')
+        if self.train is None and self.pretrained is None:
+            raise ValueError('only a "pretrained" model can go without "train"')
+        if self.train is None and self.inherit is not None:
+            raise ValueError('"inherit" needs "train"')
+        return self
+
+
+class Comparison(Strict):
+    """A student shown against a baseline."""
+
+    student: Name
+    baseline: Name
+
+
+class Experiment(Strict):
+    """A graph of corpora and models."""
+
+    name: Name
+    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
+    objective: Literal["mlm", "clm"]
+    sequence_length: Annotated[int, Field(ge=8, le=1 << 20)] = 512
+    tokenizer: Tokenizer
+    masking: Masking = Masking()
+    corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
+    models: Annotated[dict[Name, Model], Field(min_length=1)]
+    compare: list[Comparison] = []
+    engine: str | dict[str, Any] = Field(
+        "ds_configs/engine/zero1_fp32.json", description="DeepSpeed JSON: a file, or the configuration itself"
+    )
+    positions_per_shard: Annotated[int, Field(gt=0, le=1 << 20)] = Field(1024, description="sequences in a shard file")
+    scales: dict[Name, dict[str, Any]] = Field({}, description="JSON merge patches (RFC 7396) over this file")
+
+    @model_validator(mode="after")
+    def _objective(self) -> Experiment:
+        if self.objective == "clm" and "masking" in self.model_fields_set:
+            raise ValueError('"masking" belongs to the objective "mlm"; a causal model sees its input unmasked')
+        return self
+
+    @property
+    def views(self) -> int:
+        """Different maskings of each sequence; a causal model has one view."""
+        return self.masking.views if self.objective == "mlm" else 1
+
+    def model_seed(self, name: str) -> int:
+        """The seed of a model's initial weights and dropout."""
+        seed = self.models[name].seed
+        return self.seed if seed is None else seed
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment file, apply a scale and `key=value` settings, check types and references.
+
+    Raises:
+        UserError: with the JSON path of every problem found.
+    """
+    from ki_ds.graph import check  # the graph's checks need the types above
+
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    if scale is not None:
+        scales = data.get("scales", {})
+        known = list(scales) if isinstance(scales, dict) else []
+        if scale not in known:
+            listed = ", ".join(known) or "none"
+            raise UserError(
+                f'{path}: scales: there is no scale "{scale}"; the file has {listed}{nearest(scale, known)}'
+            )
+        data = merge_patch(data, scales[scale])
+    for setting in settings:
+        data = merge_patch(data, assignment(setting))
+    experiment = parse(Experiment, data, str(path))
+    found = check(experiment)
+    if found:
+        raise UserError("\n".join(f"{path}: {line}" for line in found))
+    return experiment

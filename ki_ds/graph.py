@@ -1,0 +1,176 @@
+"""The graph of models: who starts from whom, who inherits from whom, in which order, over how many positions."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ki_ds.corpus.stream import Mix
+from ki_ds.errors import nearest
+from ki_ds.experiment import Experiment, Model
+from ki_ds.inherit import teacher_steps
+
+
+def check(experiment: Experiment) -> list[str]:
+    """Every broken reference or impossible number, a line each, opening with its JSON path."""
+    return [
+        *_tokenizer(experiment),
+        *(line for name, model in experiment.models.items() for line in _model(experiment, name, model)),
+        *_cycles(experiment),
+        *_comparisons(experiment),
+    ]
+
+
+def _unknown(place: str, what: str, name: str, known: list[str]) -> str:
+    return f'{place}: there is no {what} "{name}"; the file has {", ".join(known)}{nearest(name, known)}'
+
+
+def _tokenizer(experiment: Experiment) -> list[str]:
+    known = list(experiment.corpora)
+    train = experiment.tokenizer.train
+    named = train.on if train else []
+    return [_unknown("tokenizer.train.on", "corpus", name, known) for name in named if name not in experiment.corpora]
+
+
+def _model(experiment: Experiment, name: str, model: Model) -> list[str]:
+    place = f"models.{name}"
+    corpora, models = list(experiment.corpora), list(experiment.models)
+    lines = []
+    if model.start_from is not None and model.start_from not in models:
+        lines.append(_unknown(f"{place}.start_from", "model", model.start_from, models))
+    if model.pretrained is not None and experiment.tokenizer.train:
+        lines.append(
+            f"{place}.pretrained: this experiment trains a tokenizer of its own (tokenizer.train), so the ids of "
+            f'"{model.pretrained}" would mean other tokens; expected "tokenizer": {{"pretrained": …}} with that model\'s'
+        )
+    if model.train is None:
+        return lines
+    unknown = [corpus for corpus in model.train.on if corpus not in corpora]
+    lines += [_unknown(f"{place}.train.on.{corpus}", "corpus", corpus, corpora) for corpus in unknown]
+    inherit = model.inherit
+    if inherit is None:
+        return lines
+    for corpus, teacher in inherit.teachers.items():
+        if corpus not in model.train.on:
+            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "corpus in train.on", corpus, list(model.train.on)))
+        if teacher not in models:
+            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "model", teacher, models))
+    vocabulary = experiment.tokenizer.train and experiment.tokenizer.train.vocabulary_size
+    if vocabulary and inherit.targets.k > vocabulary:
+        lines.append(
+            f"{place}.inherit.targets.k: found {inherit.targets.k}; "
+            f"expected at most the vocabulary size, {vocabulary} (tokenizer.train.vocabulary_size)"
+        )
+    if inherit.teacher_steps is not None and inherit.teacher_steps > model.train.steps and inherit.schedule != "linear":
+        lines.append(
+            f"{place}.inherit.teacher_steps: found {inherit.teacher_steps}; "
+            f"expected at most train.steps, {model.train.steps}"
+        )
+    return lines
+
+
+def needs(experiment: Experiment, name: str) -> list[str]:
+    """The models that must be finished before this one can be trained: its origin and its teachers."""
+    model = experiment.models[name]
+    origin = [model.start_from] if model.start_from is not None else []
+    teachers = list(model.inherit.teachers.values()) if model.inherit else []
+    return [other for other in dict.fromkeys(origin + teachers) if other in experiment.models]
+
+
+def _cycles(experiment: Experiment) -> list[str]:
+    finished: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str] | None:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in finished:
+            return None
+        for other in needs(experiment, name):
+            found = visit(other, [*path, name])
+            if found:
+                return found
+        finished.add(name)
+        return None
+
+    for name in experiment.models:
+        cycle = visit(name, [])
+        if cycle:
+            return [f"models.{cycle[0]}: a cycle: {' needs '.join(cycle)}; a teacher must not descend from its student"]
+    return []
+
+
+def _comparisons(experiment: Experiment) -> list[str]:
+    lines = []
+    trained = [name for name, model in experiment.models.items() if model.train]
+    for index, comparison in enumerate(experiment.compare):
+        for role, name in (("student", comparison.student), ("baseline", comparison.baseline)):
+            if name not in trained:
+                lines.append(_unknown(f"compare.{index}.{role}", "trained model", name, trained))
+    return lines
+
+
+def order(experiment: Experiment) -> list[str]:
+    """All models, each after those it needs, otherwise in the file's order."""
+    ordered: list[str] = []
+
+    def visit(name: str) -> None:
+        for other in needs(experiment, name):
+            visit(other)
+        if name not in ordered:
+            ordered.append(name)
+
+    for name in experiment.models:
+        visit(name)
+    return ordered
+
+
+# ------------------------------------------------------------------------------------------------------ stages
+
+Kind = Literal["tokenizer", "corpus", "teach", "train", "evaluate", "report"]
+FOLDERS = {"corpus": "corpora", "teach": "targets", "train": "models", "evaluate": "results"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work, and the folder under the work directory that it makes."""
+
+    kind: Kind
+    name: str
+
+    @property
+    def folder(self) -> str:
+        return f"{FOLDERS[self.kind]}/{self.name}" if self.kind in FOLDERS else self.kind
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == self.name else f"{self.kind} {self.name}"
+
+
+def targets_name(teacher: str, corpus: str) -> str:
+    """Name of the targets of a teacher over a corpus."""
+    return f"{teacher}@{corpus}"
+
+
+def stages(experiment: Experiment) -> list[Stage]:
+    """Everything the experiment needs, in an order in which each finds its inputs ready."""
+    found = [Stage("tokenizer", "tokenizer"), *(Stage("corpus", name) for name in experiment.corpora)]
+    for name in order(experiment):
+        model = experiment.models[name]
+        if model.inherit:
+            pairs = [(teacher, corpus) for corpus, teacher in model.inherit.teachers.items()]
+            found += [Stage("teach", targets_name(*pair)) for pair in pairs]
+        if model.train:
+            found.append(Stage("train", name))
+    found += [Stage("evaluate", name) for name in order(experiment)]
+    return [*dict.fromkeys(found), Stage("report", "report")]
+
+
+def targets_needed(experiment: Experiment, teacher: str, corpus: str) -> tuple[int, int]:
+    """(positions, k): how far into the corpus's stream, and how many ids, the students of this pair read."""
+    positions = k = 0
+    for model in experiment.models.values():
+        if model.train and model.inherit and model.inherit.teachers.get(corpus) == teacher:
+            read = teacher_steps(model.inherit, model.train.steps) * model.train.batch_size
+            mix = Mix(list(model.train.on.values()))
+            positions = max(positions, mix.counts(read)[list(model.train.on).index(corpus)])
+            k = max(k, model.inherit.targets.k)
+    return positions, k

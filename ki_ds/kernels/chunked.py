@@ -1,0 +1,119 @@
+"""The knowledge-inheritance loss by chunks of rows: no [N, V] tensor of the whole batch, any device torch runs on.
+
+Definition and letters as in `reference.py`. The gradient of the logits is written over the chunk's own logits,
+
+    dloss/dz = (1 - α)(softmax(z) - onehot(label)) + α τ (softmax(z / τ) - scatter(p))          (τ² · 1/τ = τ)
+
+and reduced at once to the gradients of hidden states, weight and bias, all accumulated in fp32 (or wider), so that the
+backward pass only multiplies by the incoming scale. Reads fp16, bf16, fp32 or fp64; never writes its inputs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from ki_ds.kernels.packed import PackedTargets
+from ki_ds.kernels.reference import KILoss, effective_alpha
+
+CHUNK_BYTES = 32 << 20  # of one chunk's logits
+
+
+def ki_loss_chunked(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    targets: PackedTargets | None,
+    alpha_N: Tensor | None,
+    temperature: float,
+) -> KILoss:
+    """Chunk by chunk; arguments as in `ki_ds.kernels.ki_loss`."""
+    return KILoss(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, targets, alpha_N, temperature))
+
+
+class _Chunked(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        labels: Tensor,
+        targets: PackedTargets | None,
+        alpha: Tensor | None,
+        temperature: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        rows = max(CHUNK_BYTES // (weight.shape[0] * wide.itemsize), 16)
+        wanted = ctx.needs_input_grad
+        grad_hidden = torch.zeros_like(hidden, dtype=wide) if wanted[0] else None
+        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
+        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
+        effective = effective_alpha(labels, targets, alpha, wide)
+        ce, kl, loss = (torch.zeros((), dtype=wide, device=hidden.device) for _ in range(3))
+        for start in range(0, hidden.shape[0], rows):
+            here = slice(start, start + rows)
+            # products in the inputs' own dtype (tensor cores), everything after them in fp32
+            logits = torch.nn.functional.linear(hidden[here], weight, bias).to(wide)
+            part = None if targets is None or alpha is None else targets.rows(here)
+            chunk = _chunk(logits, labels[here], part, effective[here], temperature, any(wanted[:3]))
+            loss, ce, kl = loss + chunk[0], ce + chunk[1], kl + chunk[2]
+            if any(wanted[:3]):
+                gradient = logits.to(hidden.dtype)  # `logits` now holds the gradient
+                if grad_hidden is not None:
+                    grad_hidden[here] = gradient @ weight
+                if grad_weight is not None:
+                    grad_weight += gradient.T @ hidden[here]
+                if grad_bias is not None:
+                    grad_bias += logits.sum(dim=0)
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        ctx.mark_non_differentiable(ce, kl)
+        return loss, ce, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [
+            None if gradient is None else (gradient * grad_loss).to(dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        ]
+        return (*scaled, None, None, None, None)
+
+
+def _chunk(
+    logits: Tensor, labels: Tensor, targets: PackedTargets | None, alpha: Tensor, temperature: float, gradient: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, ce, kl) of a chunk; with `gradient`, `logits` is overwritten by dloss/dlogits."""
+    labelled = labels >= 0
+    index = labels.clamp(min=0)[:, None]
+    lse = logits.logsumexp(dim=1)
+    ce_N = torch.where(labelled, lse - logits.gather(1, index).squeeze(1), 0)
+    taught = torch.nonzero(alpha > 0).squeeze(1) if targets is not None else alpha.new_empty(0, dtype=torch.int64)
+    kl_N = torch.zeros_like(ce_N)
+    pull = None
+    if targets is not None and len(taught):
+        every = len(taught) == len(labels)
+        scaled = (logits if every else logits[taught]) / temperature
+        ids = targets.ids()[taught]
+        logp = targets.log_probabilities(temperature, logits.dtype)[taught]
+        kept = targets.kept()[taught]
+        p = torch.where(kept, logp.exp(), 0)
+        lse_tau = scaled.logsumexp(dim=1)
+        logq = scaled.gather(1, ids) - lse_tau[:, None]
+        kl_N[taught] = torch.where(kept, p * (logp - logq), 0).sum(dim=1)
+        if gradient:
+            pull = scaled.sub_(lse_tau[:, None]).exp_().scatter_add_(1, ids, -p)
+            pull *= (alpha[taught] * temperature)[:, None]
+    loss = ((1 - alpha) * ce_N + alpha * temperature**2 * kl_N).sum()
+    if gradient:
+        push = torch.where(labelled, 1 - alpha, 0)
+        logits.sub_(lse[:, None]).exp_().mul_(push[:, None])
+        logits.scatter_add_(1, index, -push[:, None])
+        if pull is not None:
+            logits.index_add_(0, taught, pull)
+    return loss, ce_N.sum(), kl_N.sum()

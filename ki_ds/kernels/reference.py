@@ -1,0 +1,64 @@
+"""The knowledge-inheritance loss by its definition (equations 1 to 4), eager and dense, any dtype, any device.
+
+N rows, D hidden size, V vocabulary, K kept ids.
+
+    z_NV   = hidden_ND · weight_VDᵀ + bias_V
+    CE_n   = -log softmax(z_n)[label_n]
+    KL_n   = Σ_k p_nk (log p_nk - log softmax(z_n / τ)[id_nk])
+    loss   = Σ_n (1 - α_n) CE_n + α_n τ² KL_n        over the rows with label ≥ 0; α_n counts as 0 without a target
+
+Everything faster is compared with this file.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ki_ds.kernels.packed import PackedTargets
+
+
+class KILoss(NamedTuple):
+    """Sums over rows, in nats; only `loss` carries a gradient."""
+
+    loss: Tensor
+    ce: Tensor  # over all rows with a label
+    kl: Tensor  # over the rows with a label, a target and α > 0; without the factor τ²
+
+
+def effective_alpha(
+    labels_N: Tensor, targets: PackedTargets | None, alpha_N: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """[N]: α where there is a label and a target, else 0."""
+    if targets is None or alpha_N is None:
+        return torch.zeros(labels_N.shape, dtype=dtype, device=labels_N.device)
+    return torch.where((labels_N >= 0) & (targets.count_N > 0), alpha_N.to(dtype), 0)
+
+
+def ki_loss_reference(
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    targets: PackedTargets | None,
+    alpha_N: Tensor | None,
+    temperature: float,
+) -> KILoss:
+    """The definition; arguments as in `ki_ds.kernels.ki_loss`."""
+    logits_NV = torch.nn.functional.linear(hidden_ND, weight_VD, bias_V)
+    if logits_NV.dtype in (torch.float16, torch.bfloat16):
+        logits_NV = logits_NV.float()
+    labelled = labels_N >= 0
+    alpha = effective_alpha(labels_N, targets, alpha_N, logits_NV.dtype)
+    logq = logits_NV.log_softmax(dim=1)
+    ce_N = -logq.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1) * labelled
+    kl_N = torch.zeros_like(ce_N)
+    if targets is not None and alpha_N is not None:
+        logp_NK = targets.log_probabilities(temperature, logits_NV.dtype)
+        logq_NK = (logits_NV / temperature).log_softmax(dim=1).gather(1, targets.ids())
+        terms = logp_NK.exp() * (logp_NK - logq_NK)
+        kl_N = torch.where(targets.kept() & (alpha > 0)[:, None], terms, 0).sum(dim=1)
+    loss = ((1 - alpha) * ce_N + alpha * temperature**2 * kl_N).sum()
+    return KILoss(loss, ce_N.sum().detach(), kl_N.sum().detach())

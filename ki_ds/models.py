@@ -1,0 +1,278 @@
+"""Architectures by name, and any Hugging Face language model as (backbone, head).
+
+The head (the last linear layer) is taken out of the model, so that the loss can be computed from hidden states without
+all logits, and only at the target positions. N rows, D hidden size, V vocabulary, B sequences, S tokens.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ki_ds.corpus.tokenizer import TextTokenizer
+from ki_ds.errors import UserError, nearest, reason
+from ki_ds.kernels import KILoss, PackedTargets, ki_loss
+
+# layers, hidden size, heads, feed-forward size (Qin et al. 2022, table 5)
+SIZES = {
+    "tiny": (2, 32, 2, 64),
+    "medium": (9, 576, 12, 3072),
+    "base": (12, 768, 12, 3072),
+    "base-plus": (18, 864, 12, 3600),
+    "large": (24, 1024, 16, 4096),
+    **{f"d{d}": (12, d, 12, 3072) for d in (384, 480, 576, 672)},
+    **{f"h{h}": (h, 768, 12, 3072) for h in (4, 6, 8, 10)},
+}
+GPT_SIZES = ("tiny", "medium", "base", "base-plus")
+ARCHITECTURES = {f"roberta-{size}": ("mlm", *SIZES[size]) for size in SIZES} | {
+    f"gpt-{size}": ("clm", *SIZES[size]) for size in GPT_SIZES
+}
+DROPOUTS = (
+    "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop",
+    "dropout", "attention_dropout", "hidden_dropout", "classifier_dropout", "embedding_dropout",
+)  # fmt: skip
+
+
+def configuration(
+    architecture: str | dict[str, Any], objective: str, tokenizer: TextTokenizer, length: int, place: str
+) -> Any:
+    """The Hugging Face configuration of an architecture; vocabulary, positions and special ids are filled in.
+
+    Raises:
+        UserError: an unknown name or key, another objective, or a number that the experiment gives with another value.
+    """
+    from transformers import GPT2Config, RobertaConfig
+
+    if isinstance(architecture, dict):
+        return _inline(architecture, tokenizer, length, place)
+    if architecture not in ARCHITECTURES:
+        listed = ", ".join(ARCHITECTURES)
+        raise UserError(f'{place}: found "{architecture}"; allowed: {listed}{nearest(architecture, ARCHITECTURES)}')
+    needed, layers, hidden, heads, inner = ARCHITECTURES[architecture]
+    if needed != objective:
+        raise UserError(
+            f'{place}: {architecture} is trained with the objective "{needed}", this experiment has "{objective}"'
+        )
+    if needed == "clm":
+        return GPT2Config(
+            vocab_size=tokenizer.size, n_positions=length, n_embd=hidden, n_layer=layers, n_head=heads, n_inner=inner,
+            bos_token_id=tokenizer.separator, eos_token_id=tokenizer.separator,
+        )  # fmt: skip
+    pad = _pad(tokenizer)
+    return RobertaConfig(
+        vocab_size=tokenizer.size, max_position_embeddings=length + pad + 1, hidden_size=hidden,
+        num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner, type_vocab_size=1,
+        pad_token_id=pad, bos_token_id=tokenizer.begin, eos_token_id=tokenizer.separator,
+    )  # fmt: skip
+
+
+def _pad(tokenizer: TextTokenizer) -> int:
+    pad = tokenizer.hugging_face.pad_token_id
+    return tokenizer.separator if pad is None else pad
+
+
+def _inline(given: dict[str, Any], tokenizer: TextTokenizer, length: int, place: str) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    rest = dict(given)
+    kind = rest.pop("model_type", None)
+    if kind not in CONFIG_MAPPING:
+        raise UserError(
+            f"{place}.model_type: found {kind!r}; expected a model type of transformers such as gpt2, roberta, llama"
+            + nearest(str(kind), CONFIG_MAPPING.keys())
+        )
+    default = CONFIG_MAPPING[kind]()
+    allowed = set(default.to_dict()) | set(default.attribute_map)
+    for key in rest:
+        if key not in allowed:
+            raise UserError(f"{place}.{key}: unknown key of a {kind} configuration{nearest(key, allowed)}")
+    # one owner per number: the experiment gives the vocabulary, and the sequence length bounds the positions
+    owned = {"vocab_size": tokenizer.size, "bos_token_id": tokenizer.begin or tokenizer.separator,
+             "eos_token_id": tokenizer.separator}  # fmt: skip
+    if kind in ("roberta", "xlm-roberta", "camembert"):  # positions begin behind the padding id
+        owned |= {"pad_token_id": _pad(tokenizer), "max_position_embeddings": length + _pad(tokenizer) + 1}
+    elif "max_position_embeddings" in allowed and "max_position_embeddings" not in rest and "n_positions" not in rest:
+        rest[default.attribute_map.get("max_position_embeddings", "max_position_embeddings")] = length
+    for key, value in owned.items():
+        if rest.get(key, value) != value:
+            raise UserError(
+                f"{place}.{key}: found {rest[key]}, but this experiment makes it {value}; leave the key out"
+            )
+        if key in allowed:
+            rest[key] = value
+    return CONFIG_MAPPING[kind](**rest)
+
+
+def set_dropout(config: Any, dropout: float) -> None:
+    """Set every dropout probability that the configuration has."""
+    for name in DROPOUTS:
+        if isinstance(getattr(config, name, None), (int, float)) or (
+            name == "classifier_dropout" and hasattr(config, name)
+        ):
+            setattr(config, name, dropout)
+
+
+def _auto(objective: str) -> Any:
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
+
+
+def new_model(config: Any, objective: str, seed: int) -> Any:
+    """A Hugging Face model with initial weights that depend on the seed alone."""
+    torch.manual_seed(seed)
+    return _auto(objective).from_config(config, dtype=torch.float32)
+
+
+def pretrained_configuration(source: str | Path, place: str) -> Any:
+    """The configuration of a model folder or name.
+
+    Raises:
+        UserError: there is no such model.
+    """
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(str(source))
+    except Exception as error:  # whatever the library raises: the input is at fault
+        raise UserError(f"{place}: no model can be loaded from {source}: {reason(error)}") from None
+
+
+def load_model(source: str | Path, objective: str, place: str, dropout: float = 0.0) -> Any:
+    """A Hugging Face language model from a folder or name, in fp32, from safetensors only.
+
+    Raises:
+        UserError: it cannot be loaded, or lacks weights that its class needs.
+    """
+    config = pretrained_configuration(source, place)
+    set_dropout(config, dropout)
+    try:
+        model, report = _auto(objective).from_pretrained(
+            str(source), config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # as above
+        raise UserError(f"{place}: no model can be loaded from {source}: {reason(error)}") from None
+    if report["missing_keys"]:
+        raise UserError(
+            f"{place}: {source} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])} of a "
+            f"{type(model).__name__}, which would be random; expected a model saved with its language-model head"
+        )
+    return model
+
+
+class Head(nn.Module):
+    """The loss on the language-model head; it holds the (often tied) parameters, so that ZeRO-3 gathers them for it."""
+
+    def __init__(self, linear: nn.Linear, vocabulary: int):
+        super().__init__()
+        self.weight = linear.weight
+        self.bias = linear.bias
+        self.vocabulary = vocabulary  # rows beyond it are padding that no token belongs to
+
+    def parameters_VD(self) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias without padding rows."""
+        padded = self.weight.shape[0] > self.vocabulary
+        bias = self.bias[: self.vocabulary] if padded and self.bias is not None else self.bias
+        return (self.weight[: self.vocabulary] if padded else self.weight), bias
+
+    def forward(
+        self,
+        hidden_ND: Tensor,
+        labels_N: Tensor,
+        targets: PackedTargets | None,
+        alpha_N: Tensor | None,
+        temperature: float,
+    ) -> KILoss:
+        """The loss sums over the rows."""
+        weight, bias = self.parameters_VD()
+        return ki_loss(hidden_ND.to(weight.dtype), weight, bias, labels_N, targets, alpha_N, temperature)
+
+
+class LanguageModel(nn.Module):
+    """A Hugging Face language model, taken apart into backbone and head."""
+
+    def __init__(self, model: Any, vocabulary: int, place: str = "model"):
+        """Take the head out of a model.
+
+        Raises:
+            UserError: the model's logits are not a linear map of hidden states, or the head has too few rows.
+        """
+        super().__init__()
+        linear = model.get_output_embeddings()
+        if not isinstance(linear, nn.Linear):
+            raise UserError(f"{place}: {type(model).__name__} has no linear language-model head")
+        if linear.weight.shape[0] < vocabulary:
+            raise UserError(
+                f"{place}: the head knows {linear.weight.shape[0]} tokens, the tokenizer has {vocabulary}; "
+                "expected a model made for this tokenizer"
+            )
+        training = model.training
+        model.eval()
+        probe = torch.arange(8, device=linear.weight.device)[None, :] % vocabulary
+        with torch.no_grad():
+            expected = model(input_ids=probe, use_cache=False).logits
+            self._parent, self._name = _holder(model, linear)
+            setattr(self._parent[0], self._name, nn.Identity())
+            found = nn.functional.linear(model(input_ids=probe, use_cache=False).logits, linear.weight, linear.bias)
+        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+            raise UserError(
+                f"{place}: {type(model).__name__} changes its logits after the head (soft-capping or a logit scale), "
+                "which is not supported"
+            )
+        model.train(training)
+        self.backbone = model
+        self.head = Head(linear, vocabulary)
+        self._linear = (linear,)  # a tuple hides it from the module tree: its parameters belong to the head
+
+    def hidden(self, input_ids_BS: Tensor, rows: Tensor) -> Tensor:
+        """[N, D]: what the head is applied to, at the given indices of the flattened [B · S]."""
+        hidden_BSD = self.backbone(input_ids=input_ids_BS, use_cache=False).logits
+        return hidden_BSD.flatten(0, 1)[rows]
+
+    def forward(
+        self,
+        input_ids_BS: Tensor,
+        rows_N: Tensor,
+        labels_N: Tensor,
+        targets: PackedTargets | None = None,
+        alpha_N: Tensor | None = None,
+        temperature: float = 1.0,
+    ) -> KILoss:
+        """The loss sums over the target positions."""
+        return self.head(self.hidden(input_ids_BS, rows_N), labels_N, targets, alpha_N, temperature)
+
+    def whole(self) -> Any:
+        """The Hugging Face model with its head back in place; this object must not be used afterwards."""
+        setattr(self._parent[0], self._name, self._linear[0])
+        return self.backbone
+
+
+def _holder(model: nn.Module, child: nn.Module) -> tuple[tuple[nn.Module], str]:
+    """The module that holds a child, inside a tuple, and the child's name there."""
+    path = next(name for name, module in model.named_modules() if module is child)
+    parent, _, name = path.rpartition(".")
+    return (model.get_submodule(parent),), name
+
+
+def count_parameters(config: Any, objective: str) -> int:
+    """Parameters, tied ones once, without allocating them."""
+    with torch.device("meta"):
+        return sum(p.numel() for p in _auto(objective).from_config(config).parameters())
+
+
+def forward_flops(config: Any, objective: str, length: int, targets: float) -> float:
+    """FLOPs of a forward pass over one sequence with so many target positions: the matrix products (2 a weight and
+    token), attention scores and mixing (4 · S² · D a layer) and the head at the target positions."""
+    with torch.device("meta"):
+        model = _auto(objective).from_config(config)
+    head = model.get_output_embeddings()
+    weights = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    )
+    attention = 4 * length**2 * config.hidden_size * config.num_hidden_layers
+    return 2.0 * weights * length + attention + 2.0 * head.weight.numel() * targets

@@ -1,0 +1,264 @@
+"""Runs the graph, stage by stage; stages that use the engine run under the deepspeed launcher."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ki_ds import engine
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.corpus.sources import FileSource, files
+from ki_ds.distributed import free_port
+from ki_ds.errors import StageFailed, UserError
+from ki_ds.graph import Stage, stages, targets_needed
+from ki_ds.progress import duration, say
+from ki_ds.sealed import MANIFEST, open_sealed, state
+from ki_ds.workspace import Workspace
+
+LAUNCHED = ("teach", "train", "evaluate")
+GRACE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Launch:
+    """How engine stages are started: the arguments that name the experiment, and where the ranks run."""
+
+    arguments: list[str]
+    processes: int
+    hostfile: Path | None
+
+
+# --------------------------------------------------------------------------------------------------- before
+
+
+def preflight(space: Workspace, processes: int) -> None:
+    """Everything that can be refused before anything runs.
+
+    Raises:
+        UserError: with every problem found in the experiment, the engine JSON, the sources and the given models.
+    """
+    e = space.experiment
+    lines: list[str] = []
+
+    def gather(check: Any, *arguments: Any) -> Any:
+        try:
+            return check(*arguments)
+        except UserError as error:
+            lines.append(str(error))
+            return None
+
+    gather(lambda: space.engine_config)
+    for name, corpus in e.corpora.items():
+        if stage_state(space, Stage("corpus", name)) != "sealed":
+            for index, source in enumerate(corpus.sources):
+                if isinstance(source, FileSource):
+                    gather(files, source, space.bases, f"corpora.{name}.sources.{index}")
+    tokenizer = gather(expected_tokenizer, space)
+    for name, model in e.models.items():
+        place = f"models.{name}"
+        if model.train:
+            gather(engine.micro_batch_size, model.train, processes, place)
+        if tokenizer is None:
+            continue
+        config = gather(space.model_config, name, tokenizer)
+        if model.pretrained and config is not None:
+            gather(space.check_fit, name, config, tokenizer.size)
+            gather(_same_tokenizer, space, name, tokenizer)
+        if model.inherit and model.inherit.targets.k > tokenizer.size:
+            lines.append(
+                f"{place}.inherit.targets.k: found {model.inherit.targets.k}; "
+                f"expected at most the vocabulary size, {tokenizer.size}"
+            )
+    if lines:
+        raise UserError("\n".join(dict.fromkeys(lines)))
+
+
+def expected_tokenizer(space: Workspace) -> tokenizers.TextTokenizer:
+    """The experiment's tokenizer: as sealed, as given, or with the numbers that one yet to be trained will have."""
+    given, objective = space.experiment.tokenizer, space.experiment.objective
+    if stage_state(space, Stage("tokenizer", "tokenizer")) == "sealed":
+        return space.tokenizer
+    if given.train:
+        return tokenizers.expected(given.train.vocabulary_size, objective)
+    return tokenizers.load(space.model_or_name(str(given.pretrained)), objective, "tokenizer.pretrained")
+
+
+def _same_tokenizer(space: Workspace, name: str, tokenizer: tokenizers.TextTokenizer) -> None:
+    folder = space.model_or_name(str(space.experiment.models[name].pretrained))
+    own = tokenizers.load(folder, space.experiment.objective, f"models.{name}.pretrained")
+    if own.digest != tokenizer.digest:
+        raise UserError(
+            f"models.{name}.pretrained: {folder} has another tokenizer ({own.size} ids) than this experiment "
+            f'({tokenizer.size} ids); expected "tokenizer": {{"pretrained": "{folder}"}}, or a model made with this one'
+        )
+
+
+# ---------------------------------------------------------------------------------------------------- state
+
+
+def stage_state(space: Workspace, stage: Stage) -> str:
+    """'sealed', 'unsealed' (begun, or to be extended), 'absent', or 'other' where the folder belongs to something else."""
+    folder = space.folder(stage)
+    if stage.kind == "report":
+        return "sealed" if (folder / "report.html").exists() else "absent"
+    if any(not (space.folder(one) / MANIFEST).exists() for one in space.inputs_of(stage)):
+        return "absent" if state(folder) == "absent" else "unsealed"
+    found = state(folder, space.identity(stage))
+    if found == "sealed" and stage.kind == "teach":
+        needed, _ = space.target_positions(*_pair(stage))
+        return "sealed" if open_sealed(folder).facts["positions"] >= needed else "unsealed"
+    return found
+
+
+def _pair(stage: Stage) -> tuple[str, str]:
+    teacher, corpus = stage.name.split("@")
+    return teacher, corpus
+
+
+def plan(space: Workspace) -> list[dict[str, Any]]:
+    """What each stage costs: tokens, FLOPs, bytes of targets, steps; and its state."""
+    e, tokenizer = space.experiment, expected_tokenizer(space)
+    rows = []
+    for stage in stages(e):
+        row: dict[str, Any] = {"stage": str(stage), "state": stage_state(space, stage)}
+        if stage.kind == "teach":
+            teacher, corpus = _pair(stage)
+            known = stage_state(space, Stage("corpus", corpus)) == "sealed"
+            positions, k = space.target_positions(teacher, corpus) if known else targets_needed(e, teacher, corpus)
+            rows_stored = positions * space.targets_per_sequence()
+            row |= {
+                "tokens": positions * e.sequence_length,
+                "flops": positions * space.cost(teacher, tokenizer)["flops_per_sequence"],
+                "bytes": rows_stored * (10 + k * (4 if tokenizer.size > 1 << 16 else 3)),  # before zstd
+            }
+        if stage.kind == "train":
+            train = e.models[stage.name].train
+            assert train is not None
+            cost = space.cost(stage.name, tokenizer)
+            row |= {
+                "steps": train.steps,
+                "tokens": train.steps * train.batch_size * e.sequence_length,
+                "flops": train.steps * cost["flops_per_step"],
+                "parameters": cost["parameters"],
+            }
+        rows.append(row)
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------ run
+
+
+def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, name: str | None = None) -> None:
+    """Run what is not sealed yet of the named kinds (all by default), in order.
+
+    Raises:
+        UserError: the input is wrong, or an earlier stage is missing.
+        StageFailed: a launched stage failed.
+    """
+    preflight(space, launch.processes)
+    chosen = [s for s in stages(space.experiment) if (kinds is None or s.kind in kinds) and name in (None, s.name)]
+    if not chosen:
+        known = [s.name for s in stages(space.experiment) if kinds is None or s.kind in kinds]
+        raise UserError(f'there is no stage "{name}"; the experiment has {", ".join(known)}')
+    waiting: list[Stage] = []  # engine stages of one kind that read nothing of each other share a launch
+    for stage in chosen:
+        if waiting and not (stage.kind == waiting[0].kind == "evaluate"):
+            started(space, launch, waiting)
+            waiting = []
+        if stage.kind != "report" and stage_state(space, stage) == "sealed":
+            say(f"{stage}: done before")
+        elif stage.kind in LAUNCHED:
+            waiting.append(stage)
+        else:
+            _here(space, stage)
+    if waiting:
+        started(space, launch, waiting)
+
+
+def _here(space: Workspace, stage: Stage) -> None:
+    from ki_ds.worker import work
+
+    began = time.monotonic()
+    say(f"{stage} …")
+    work(stage, space)
+    say(f"{stage}: done in {duration(time.monotonic() - began)}")
+
+
+def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
+    """Run engine stages under the deepspeed launcher, in a process group of their own.
+
+    Raises:
+        StageFailed: they ended without sealing their folders, whatever the launcher's exit code says.
+    """
+    label = group[0].kind + " " + ", ".join(stage.name for stage in group)
+    say(f"{label} …")
+    began = time.monotonic()
+    code = _launched(launch, group)
+    missing = [stage for stage in group if stage_state(space, stage) != "sealed"]
+    if missing:
+        if code != 2:
+            say(
+                f"{label}: failed (the launcher's exit code is {code}); the reason stands above. Run again to continue."
+            )
+        raise StageFailed(label, 2 if code == 2 else 1)
+    say(f"{label}: done in {duration(time.monotonic() - began)}")
+
+
+def _launched(launch: Launch, group: list[Stage]) -> int:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
+    if launch.hostfile:
+        command += ["--hostfile", str(launch.hostfile)]
+    else:
+        # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
+        command += ["--hostfile", os.devnull, "--num_gpus", str(launch.processes), "--master_addr", "127.0.0.1"]
+    command += ["--master_port", str(free_port()), "--module", "ki_ds.cli", "worker", group[0].kind]
+    command += [*launch.arguments, *(part for stage in group for part in ("--name", stage.name))]
+    environment = dict(os.environ)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    environment.setdefault("OMP_NUM_THREADS", str(max(cores // launch.processes, 1)))
+    environment.setdefault("PYTHONWARNINGS", "ignore")
+    if launch.hostfile is None and _no_gpu():
+        environment.setdefault("DS_ACCELERATOR", "cpu")
+    process = subprocess.Popen(command, env=environment, start_new_session=True)
+
+    def stop(number: int, _frame: Any) -> None:
+        _end(process)
+        raise SystemExit(1)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        return process.wait()
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        _end(process)  # ranks must not outlive their launcher
+
+
+def _no_gpu() -> bool:
+    import torch
+
+    return not torch.cuda.is_available()
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """Stop everything in the process group: politely, then for good."""
+    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        limit = time.monotonic() + patience
+        while time.monotonic() < limit:
+            process.poll()  # reap the leader, so that the group can end
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)

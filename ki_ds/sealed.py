@@ -1,0 +1,236 @@
+"""Sealed folders: how stages meet on disk.
+
+A folder is made for one *identity*: the stage, the part of the configuration that shapes the result, and the
+digests of its inputs. While it is being filled it holds `unsealed.json`; when it is complete, `manifest.json` is written last
+and atomically. A sealed folder is never changed; an unsealed one is continued; one that was made for another identity is
+refused, with the keys that differ.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ki_ds.errors import UserError
+
+SCHEMA = 1
+MANIFEST, UNSEALED = "manifest.json", "unsealed.json"
+
+
+@dataclass(frozen=True)
+class Identity:
+    """What a folder is made of: `config` shaped it, `inputs` maps each input's folder to its digest."""
+
+    stage: str
+    config: dict[str, Any]
+    inputs: dict[str, str]
+
+    @property
+    def record(self) -> dict[str, Any]:
+        return {"stage": self.stage, "schema": SCHEMA, "config": self.config, "inputs": self.inputs}
+
+    @property
+    def fingerprint(self) -> str:
+        return digest(self.record)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The manifest of a sealed folder; `facts` are the stage's own results (counts, sizes, digests)."""
+
+    path: Path
+    fingerprint: str
+    facts: dict[str, Any]
+    record: dict[str, Any]
+
+    @property
+    def digest(self) -> str:
+        """What later stages depend on: the content where the stage measured it, else the fingerprint."""
+        return str(self.facts.get("content", self.fingerprint))
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of canonical JSON, 32 hexadecimal digits of it."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, 32 hexadecimal digits of it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _sha(file)
+
+
+def _sha(file: Any) -> str:  # Python 3.10
+    whole = hashlib.sha256()
+    while block := file.read(1 << 20):
+        whole.update(block)
+    return whole.hexdigest()[:32]
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write to a temporary name, flush to disk, rename: the file is whole or absent.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written: {error.strerror}. {remedy(error)}") from None
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a failed write."""
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return "Free some space, or choose another --workdir, and run the same command again: it continues."
+    return "Check the folder's permissions, or choose another --workdir."
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Remove the folder {path.parent} and run again.") from None
+    if not isinstance(data, dict) or not {"stage", "schema", "config", "inputs"} <= data.keys():
+        raise UserError(f"{path}: not a manifest of ki_ds. Remove the folder {path.parent} and run again.")
+    if data["schema"] != SCHEMA:
+        raise UserError(
+            f"{path}: schema {data['schema']}, but this version of ki_ds reads {SCHEMA}. "
+            "Use the version that wrote it, or choose another --workdir."
+        )
+    return data
+
+
+def open_sealed(path: Path) -> Manifest:
+    """The manifest of a sealed folder, after checking that its files are there with their sizes.
+
+    Raises:
+        UserError: the folder is missing, unsealed, or a file of it was lost or cut.
+    """
+    if not (path / MANIFEST).exists():
+        state = "was begun but not finished" if (path / UNSEALED).exists() else "is not there"
+        raise UserError(f"{path}: {state}. Run `ki-ds run` on the experiment: it makes what is missing.")
+    data = _read(path / MANIFEST)
+    for name, size in data["files"].items():
+        file = path / name
+        found = file.stat().st_size if file.exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found} bytes"
+            raise UserError(f"{file}: {what}, but the manifest says {size}. Remove {path} and run again.")
+    return Manifest(path, str(data["fingerprint"]), dict(data["facts"]), data)
+
+
+def state(path: Path, identity: Identity | None = None) -> str:
+    """'sealed', 'unsealed', 'absent', or 'other' where the folder was made for another identity."""
+    for name, found in ((MANIFEST, "sealed"), (UNSEALED, "unsealed")):
+        if (path / name).exists():
+            matches = identity is None or digest(_identity(_read(path / name))) == identity.fingerprint
+            return found if matches else "other"
+    return "absent"
+
+
+def _identity(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in ("stage", "schema", "config", "inputs")}
+
+
+def prepare(path: Path, identity: Identity) -> Manifest | None:
+    """The manifest where the folder is sealed; else make it ready to be filled and return None.
+
+    Raises:
+        UserError: the folder belongs to another experiment, or to the same one before it was changed.
+    """
+    for name in (MANIFEST, UNSEALED):
+        if (path / name).exists():
+            found = _identity(_read(path / name))
+            if digest(found) != identity.fingerprint:
+                raise UserError(
+                    f"{path}: made from another experiment, corpus or configuration; "
+                    + "; ".join(differences(found, identity.record))
+                    + f". Choose another --workdir, put the old value back, or remove {path} to make it again."
+                )
+            return open_sealed(path) if name == MANIFEST else None
+    if path.exists() and any(path.iterdir()):
+        raise UserError(
+            f"{path}: holds files but no manifest, so it is not ki_ds's. Move it away or choose another --workdir."
+        )
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be made: {error.strerror}. {remedy(error)}") from None
+    write_atomically(path / UNSEALED, _pretty(identity.record))
+    return None
+
+
+def reopen(path: Path, identity: Identity) -> None:
+    """Make a sealed folder ready to be added to: it is unsealed before anything changes."""
+    if (path / MANIFEST).exists():
+        write_atomically(path / UNSEALED, _pretty(identity.record))
+        (path / MANIFEST).unlink()
+
+
+def differences(found: Any, expected: Any, place: str = "") -> list[str]:
+    """The places where two JSON values differ, as 'place: found …, expected …', at most five."""
+    if isinstance(found, dict) and isinstance(expected, dict):
+        lines = [
+            line
+            for key in sorted(found.keys() | expected.keys())
+            for line in differences(found.get(key), expected.get(key), f"{place}.{key}" if place else key)
+        ]
+        return lines[:5]
+    shown = [text if len(text) < 60 else text[:57] + "..." for text in (json.dumps(found), json.dumps(expected))]
+    return [] if found == expected else [f"{place}: found {shown[0]}, expected {shown[1]}"]
+
+
+def seal(path: Path, identity: Identity, facts: dict[str, Any]) -> Manifest:
+    """Write the manifest; from now on the folder is complete."""
+    for leftover in path.rglob("*.tmp"):
+        leftover.unlink()
+    files = {
+        str(file.relative_to(path)): file.stat().st_size
+        for file in sorted(path.rglob("*"))
+        if file.is_file() and file.name not in (MANIFEST, UNSEALED)
+    }
+    record = {
+        **identity.record, "fingerprint": identity.fingerprint, "facts": facts, "files": files, "versions": versions(),
+    }  # fmt: skip
+    write_atomically(path / MANIFEST, _pretty(record))
+    (path / UNSEALED).unlink(missing_ok=True)
+    return open_sealed(path)
+
+
+def _pretty(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False) + "\n").encode()
+
+
+def versions() -> dict[str, str]:
+    """The versions of the libraries that results depend on."""
+    from importlib import metadata
+
+    names = ("ki_ds", "torch", "deepspeed", "transformers", "tokenizers", "numpy", "zstandard")
+    found = {}
+    for name in names:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            found[name] = metadata.version(name)
+    return found

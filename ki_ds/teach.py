@@ -1,0 +1,138 @@
+"""Stage: teacher model + tokens → targets.
+
+The teacher runs under DeepSpeed inference, data parallel over ranks, over exactly the stream positions that the
+students read while α_t > 0. A shard is a fixed range of positions, computed in the same micro-batches whoever comes to
+it, so that an interrupted run continues and ends with the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ki_ds import distributed
+from ki_ds.corpus.masking import Viewer
+from ki_ds.corpus.stream import CorpusStream
+from ki_ds.corpus.tokens import Tokens
+from ki_ds.errors import UserError
+from ki_ds.models import LanguageModel
+from ki_ds.progress import Progress
+from ki_ds.sealed import Identity, Manifest, prepare, reopen, seal
+from ki_ds.targets import codec, select
+from ki_ds.targets.shard import Frame, ShardFolder, write_shard
+
+MICRO_BATCH = 16  # sequences
+LOGIT_BYTES = 64 << 20  # of fp32 logits at once
+
+
+@dataclass(frozen=True)
+class Lesson:
+    """What a teacher is asked: the first `positions` of a corpus's stream, k ids at each target position."""
+
+    load: Callable[[], Any]  # the teacher as a Hugging Face model, loaded only where something is missing
+    teacher_name: str
+    tokens: Tokens
+    stream: CorpusStream
+    viewer: Viewer
+    positions: int
+    k: int
+    vocabulary: int
+    positions_per_shard: int
+
+
+def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device) -> Manifest:
+    """Compute what is missing of a targets folder and seal it; every rank calls this.
+
+    Raises:
+        UserError: the folder belongs to something else, or the disk is full.
+    """
+    sealed = distributed.from_first(prepare(folder, identity) if distributed.rank() == 0 else None)
+    if sealed is not None and sealed.facts["positions"] >= lesson.positions:
+        return sealed
+    if distributed.rank() == 0:
+        reopen(folder, identity)  # a longer run than before adds what it needs
+    shards = ShardFolder(folder, lesson.positions, lesson.positions_per_shard)
+    missing = distributed.from_first(shards.missing() if distributed.rank() == 0 else None)
+    model = inference_engine(lesson, device)
+    header = {**identity.record, "k": lesson.k, "vocabulary": lesson.vocabulary, "quantum": codec.QUANTUM,
+              "sequence_length": lesson.tokens.train.shape[1]}  # fmt: skip
+    done = (len(shards) - len(missing)) * lesson.positions_per_shard
+    shown = distributed.rank() == 0
+    with Progress(f"teach {folder.name}", lesson.positions, "sequences", done, shown) as progress:
+        for number in distributed.share_out(len(missing)):
+            start = missing[number] * lesson.positions_per_shard
+            end = min(start + lesson.positions_per_shard, lesson.positions)
+            frames, worst = compute(model, lesson, np.arange(start, end), device, progress)
+            write_shard(folder / shards.name(missing[number]), {**header, **worst, "start": start, "end": end}, frames)
+    if distributed.rank() == 0:
+        for stray in set(folder.glob("*.kit")) - {folder / shards.name(number) for number in range(len(shards))}:
+            stray.unlink()  # the last, partial shard of a shorter run
+        facts = {"positions": lesson.positions, "positions_per_shard": lesson.positions_per_shard, "k": lesson.k,
+                 "vocabulary": lesson.vocabulary, "quantum": codec.QUANTUM}  # fmt: skip
+        sealed = seal(folder, identity, facts)
+    return distributed.from_first(sealed)
+
+
+def inference_engine(lesson: Lesson, device: torch.device) -> LanguageModel:
+    """The teacher under DeepSpeed inference."""
+    import deepspeed
+
+    model = LanguageModel(lesson.load().eval(), lesson.vocabulary, lesson.teacher_name)
+    engine = deepspeed.init_inference(model, dtype=torch.float32, replace_with_kernel_inject=False)
+    return engine.module.to(device)
+
+
+@torch.inference_mode()
+def compute(
+    model: LanguageModel, lesson: Lesson, positions: np.ndarray, device: torch.device, progress: Progress
+) -> tuple[list[Frame], dict[str, float]]:
+    """The frames of the given positions, and the mean and largest distortion of their targets in nats.
+
+    Raises:
+        UserError: the teacher's prediction is not finite.
+    """
+    frames: list[Frame] = []
+    distortions: list[np.ndarray] = []
+    for begin in range(0, len(positions), MICRO_BATCH):
+        sequences, views = lesson.stream.pairs(positions[begin : begin + MICRO_BATCH])
+        view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
+        rows = np.flatnonzero(view.targets_BS)
+        hidden = model.hidden(torch.from_numpy(view.inputs_BS).long().to(device), torch.from_numpy(rows).to(device))
+        labels = torch.from_numpy(view.labels_BS.reshape(-1)[rows]).long().to(device)
+        ids, logp, truth = predictions(model, hidden, labels, lesson.k)
+        if not np.isfinite(truth).all():
+            raise UserError(
+                f"models.{lesson.teacher_name}: a prediction is not finite at stream position "
+                f"{positions[begin]} of its corpus; the teacher's weights are broken"
+            )
+        planes = codec.pack(ids, logp, truth, lesson.vocabulary)
+        distortions.append(codec.distortion(logp, planes))
+        ends = np.cumsum(view.targets_BS.sum(axis=1))
+        for index, digest in enumerate(lesson.viewer.digests(view)):
+            frames.append(Frame(int(digest), planes.rows(slice(ends[index - 1] if index else 0, ends[index]))))
+        progress.advance(len(sequences))
+    every = np.concatenate(distortions)
+    return frames, {"distortion_mean": float(every.mean()), "distortion_max": float(every.max())} if len(every) else {}
+
+
+def predictions(
+    model: LanguageModel, hidden_ND: torch.Tensor, labels_N: torch.Tensor, k: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """ids [N, K], log-probabilities [N, K] and the true token's [N], a bounded number of logits at a time."""
+    weight, bias = model.head.parameters_VD()
+    rows = max(LOGIT_BYTES // (4 * weight.shape[0]), 1)
+    parts = []
+    for start in range(0, len(hidden_ND), rows):
+        logits = torch.nn.functional.linear(hidden_ND[start : start + rows], weight, bias)
+        ids, logp, normaliser = select.top_k(logits, k)
+        truth = logits.gather(1, labels_N[start : start + rows, None]).squeeze(1).float() - normaliser
+        parts.append([x.cpu().numpy() for x in (ids, logp, truth)])
+    if not parts:
+        return np.zeros((0, k), np.int64), np.zeros((0, k), np.float32), np.zeros(0, np.float32)
+    ids_nK, logp_nK, truth_n = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return ids_nK, logp_nK, truth_n

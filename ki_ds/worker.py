@@ -1,0 +1,149 @@
+"""Runs stages: opens what a stage reads, calls it, seals what it made. Under a launcher, every rank runs this."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+
+from ki_ds import distributed, teach, train
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.corpus.sources import Tally, documents
+from ki_ds.corpus.tokens import build
+from ki_ds.engine import Engine
+from ki_ds.errors import UserError
+from ki_ds.graph import Stage
+from ki_ds.models import LanguageModel
+from ki_ds.perplexity import perplexity, validate
+from ki_ds.progress import Progress
+from ki_ds.report import report
+from ki_ds.sealed import Manifest, digest, file_digest, prepare, seal, write_atomically
+from ki_ds.workspace import Workspace
+
+EVALUATION_MICRO_BATCH = 16  # sequences
+
+
+def work(stage: Stage, space: Workspace) -> None:
+    """Run one stage; a sealed one returns at once.
+
+    Raises:
+        UserError: the input or the state of the work directory does not allow it.
+    """
+    run = {"tokenizer": tokenizer, "corpus": corpus, "teach": teaching, "train": training, "evaluate": evaluation}
+    if stage.kind == "report":
+        report(space.experiment, space.root)
+    else:
+        run[stage.kind](stage, space)
+
+
+def tokenizer(stage: Stage, space: Workspace) -> None:
+    """Train the tokenizer, or copy the one named; one process."""
+    folder, identity = space.folder(stage), space.identity(stage)
+    if prepare(folder, identity):
+        return
+    e = space.experiment
+    if e.tokenizer.train:
+        tally = Tally()
+        with Progress("tokenizer", None, "documents") as progress:
+
+            def texts():  # type: ignore[no-untyped-def]
+                for name in e.tokenizer.train.on:
+                    given = e.corpora[name]
+                    for text in documents(given.sources, space.bases, f"corpora.{name}", given.invalid_utf8, tally):
+                        progress.advance()
+                        yield text
+
+            trained = tokenizers.train(texts(), e.tokenizer.train.vocabulary_size, e.objective)
+        if not tally.documents:
+            raise UserError(
+                f"corpora.{e.tokenizer.train.on[0]}: no text to train a tokenizer on; every source is empty"
+            )
+        found = tokenizers.describe(trained, e.objective, "tokenizer.train")
+    else:
+        found = tokenizers.load(space.model_or_name(str(e.tokenizer.pretrained)), e.objective, "tokenizer.pretrained")
+    found.hugging_face.save_pretrained(folder)
+    seal(folder, identity, {"content": found.digest, "vocabulary": found.size})
+
+
+def corpus(stage: Stage, space: Workspace) -> None:
+    """Tokenise a corpus; one process."""
+    folder, identity = space.folder(stage), space.identity(stage)
+    if prepare(folder, identity):
+        return
+    e = space.experiment
+    facts = build(
+        folder, stage.name, e.corpora[stage.name], space.bases, space.tokenizer, e.objective, e.sequence_length
+    )  # fmt: skip
+    seal(folder, identity, facts)
+
+
+def begin(stage: Stage, space: Workspace) -> tuple[Path, torch.device, Manifest | None]:
+    """Join the process group, check that all ranks agree, and prepare the folder: (folder, device, sealed?)."""
+    device = distributed.initialise()
+    identity = space.identity(stage)
+    distributed.agree(f"experiment, corpus or tokenizer ({stage})", digest(identity.record))
+    folder = space.folder(stage)
+    sealed = prepare(folder, identity) if distributed.rank() == 0 else None
+    return folder, device, distributed.from_first(sealed)
+
+
+def teaching(stage: Stage, space: Workspace) -> None:
+    """Store a teacher's predictions over a corpus."""
+    folder, device, _ = begin(stage, space)
+    teacher, name = stage.name.split("@")
+    positions, k = space.target_positions(teacher, name)
+    vocabulary = space.tokenizer.size
+    if k > vocabulary:
+        raise UserError(f"inherit.targets.k: found {k}; expected at most the tokenizer's vocabulary, {vocabulary}")
+    lesson = teach.Lesson(
+        lambda: space.finished_model(teacher), teacher, space.tokens(name), space.stream(name), space.viewer(name),
+        positions, k, vocabulary, space.experiment.positions_per_shard,
+    )  # fmt: skip
+    teach.teach(folder, space.identity(stage), lesson, device)
+
+
+def training(stage: Stage, space: Workspace) -> None:
+    """Train a model."""
+    folder, device, sealed = begin(stage, space)
+    if sealed:
+        return
+    name, e = stage.name, space.experiment
+    model = e.models[name]
+    assert model.train is not None
+    identity = space.identity(stage)
+    plan = space.plan(model.train, name, distributed.rank(), distributed.world_size())
+    validation = {corpus: (space.tokens(corpus).validation, space.viewer(corpus)) for corpus in model.train.on}
+    course = train.Course(model.train, model.inherit, e.model_seed(name), e.sequence_length, validation)
+    student = LanguageModel(space.new_student(name), space.tokenizer.size, f"models.{name}").to(device)
+    engine = Engine(student, model.train, plan, space.engine_config)
+    state = {"fingerprint": identity.fingerprint}
+    train.run(engine, space.loader(name, plan), course, folder, state, device)
+    engine.export(folder / "model")
+    if distributed.rank() == 0:
+        space.tokenizer.hugging_face.save_pretrained(folder / "model")
+        weights = {file.name: file_digest(file) for file in sorted((folder / "model").glob("*.safetensors"))}
+        seal(folder, identity, {"content": digest(weights), **space.training_facts(name)})
+    distributed.barrier()
+
+
+def evaluation(stage: Stage, space: Workspace) -> None:
+    """Perplexity of a finished model on the validation part of every corpus, under fixed masks."""
+    folder, device, sealed = begin(stage, space)
+    if sealed:
+        return
+    e = space.experiment
+    model = LanguageModel(space.finished_model(stage.name).eval(), space.tokenizer.size, f"models.{stage.name}").to(
+        device
+    )
+    found = {}
+    for name in e.corpora:
+        nats, targets = validate(
+            model, space.tokens(name).validation, space.viewer(name), EVALUATION_MICRO_BATCH, device
+        )
+        found[name] = {"perplexity": perplexity(nats, targets), "nats": nats / max(targets, 1), "targets": targets}
+    if distributed.rank() == 0:
+        text = json.dumps({"model": stage.name, "corpora": found}, indent=1)
+        write_atomically(folder / "perplexity.json", text.encode())
+        seal(folder, space.identity(stage), {})
+    distributed.barrier()

@@ -1,0 +1,321 @@
+"""An experiment in its work directory: where every stage's folder is, what it is made from, and its opened inputs."""
+
+from __future__ import annotations
+
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from ki_ds import engine, models
+from ki_ds.batches import Lane, Loader, Plan
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.corpus.masking import Viewer
+from ki_ds.corpus.stream import CorpusStream, Mix
+from ki_ds.corpus.tokenizer import TextTokenizer
+from ki_ds.corpus.tokens import Tokens, open_tokens
+from ki_ds.errors import UserError
+from ki_ds.experiment import Experiment, Train
+from ki_ds.graph import Stage, needs, targets_name, targets_needed
+from ki_ds.inherit import teacher_steps
+from ki_ds.sealed import Identity, digest, file_digest, open_sealed
+from ki_ds.strict import read_json
+from ki_ds.targets.shard import ShardFolder
+
+# what of "train" does not change the result, only when it is looked at or how it is cut for memory
+NOT_SHAPING = {"micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+
+
+class Workspace:
+    """An experiment file's content, the folders where its relative paths are looked up, and the work directory."""
+
+    def __init__(self, experiment: Experiment, source: Path, root: Path):
+        self.experiment, self.root = experiment, root
+        folder = source.resolve().parent
+        self.bases = [*dict.fromkeys([folder, *folder.parents, Path.cwd()])]
+
+    def folder(self, stage: Stage) -> Path:
+        """Where the stage's result stands."""
+        return self.root / stage.folder
+
+    def find(self, path: str, place: str) -> Path:
+        """An existing file: absolute, or relative to the experiment file's folder, one above it, or the current one.
+
+        Raises:
+            UserError: there is none.
+        """
+        for base in self.bases:
+            if (base / path).exists():
+                return base / path
+        raise UserError(
+            f"{place}: there is no {path} (looked in {self.bases[0]}, the folders above it and {Path.cwd()})"
+        )
+
+    def model_or_name(self, pretrained: str) -> str:
+        """A folder that exists, looked up as `find` does, or else a name on the Hugging Face hub."""
+        found = next((base / pretrained for base in self.bases if (base / pretrained).is_dir()), None)
+        return str(found) if found else pretrained
+
+    # ------------------------------------------------------------------------------------------------ inputs
+
+    @cached_property
+    def engine_config(self) -> dict[str, Any]:
+        """The DeepSpeed JSON, checked."""
+        given = self.experiment.engine
+        source = "engine" if isinstance(given, dict) else str(self.find(given, "engine"))
+        config = given if isinstance(given, dict) else read_json(Path(source))
+        if not isinstance(config, dict):
+            raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
+        engine.check(config, source)
+        return config
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer:
+        """The experiment's tokenizer, once its stage is sealed."""
+        folder = self.folder(Stage("tokenizer", "tokenizer"))
+        open_sealed(folder)
+        return tokenizers.load(folder, self.experiment.objective, "tokenizer")
+
+    @cache  # noqa: B019 - a workspace lives as long as its process
+    def tokens(self, corpus: str) -> Tokens:
+        """A sealed corpus."""
+        return open_tokens(self.folder(Stage("corpus", corpus)))
+
+    def stream(self, corpus: str) -> CorpusStream:
+        """The stream over a corpus's training part."""
+        tokens = self.tokens(corpus)
+        return CorpusStream(len(tokens.train), self.experiment.views, self.experiment.seed, tokens.digest)
+
+    def viewer(self, corpus: str) -> Viewer:
+        """Makes the views of a corpus's sequences."""
+        e, t = self.experiment, self.tokenizer
+        return Viewer(
+            e.objective, e.seed, self.tokens(corpus).digest, t.size, t.special, t.mask, e.masking.probability
+        )  # fmt: skip
+
+    def target_positions(self, teacher: str, corpus: str) -> tuple[int, int]:
+        """(positions, k) that the targets of this pair must hold; past the last view pairs come again."""
+        positions, k = targets_needed(self.experiment, teacher, corpus)
+        return min(positions, self.experiment.views * len(self.tokens(corpus).train)), k
+
+    def model_folder(self, name: str) -> str:
+        """The Hugging Face folder (or hub name) of a finished model of the experiment."""
+        model = self.experiment.models[name]
+        if model.train is None:
+            return self.model_or_name(str(model.pretrained))
+        return str(self.folder(Stage("train", name)) / "model")
+
+    @cache  # noqa: B019
+    def model_digest(self, name: str) -> str:
+        """What later stages know a finished model by: its weights."""
+        model = self.experiment.models[name]
+        if model.train is not None:
+            return open_sealed(self.folder(Stage("train", name))).digest
+        return pretrained_digest(self.model_folder(name))
+
+    def new_student(self, name: str) -> Any:
+        """The Hugging Face model that training begins with."""
+        model, objective, place = self.experiment.models[name], self.experiment.objective, f"models.{name}"
+        assert model.train is not None
+        if model.architecture is not None:
+            config = models.configuration(
+                model.architecture, objective, self.tokenizer, self.experiment.sequence_length, f"{place}.architecture"
+            )
+            models.set_dropout(config, model.train.dropout)
+            return models.new_model(config, objective, self.experiment.model_seed(name))
+        source = self.model_folder(model.start_from) if model.start_from else self.model_or_name(str(model.pretrained))
+        found = models.load_model(source, objective, place, model.train.dropout)
+        self.check_fit(name, found.config)
+        return found
+
+    def finished_model(self, name: str) -> Any:
+        """A finished model, to teach or to be evaluated."""
+        found = models.load_model(self.model_folder(name), self.experiment.objective, f"models.{name}")
+        self.check_fit(name, found.config)
+        return found
+
+    def check_fit(self, name: str, config: Any, size: int | None = None) -> None:
+        """Check that a model fits the experiment's tokenizer and sequence length.
+
+        Raises:
+            UserError: its head has another number of rows, or it has too few positions.
+        """
+        model, place = self.experiment.models[name], f"models.{name}"
+        size = self.tokenizer.size if size is None else size
+        if config.vocab_size < size:
+            raise UserError(f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {size}")
+        if config.vocab_size > size and not model.padded_vocabulary:
+            raise UserError(
+                f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {size}. If the rest is padding that "
+                f'no text ever uses, say so with "padded_vocabulary": true; else take the tokenizer it was made with'
+            )
+        positions = getattr(config, "max_position_embeddings", None)
+        if positions is not None:
+            usable = positions - (config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0)
+            if usable < self.experiment.sequence_length:
+                raise UserError(
+                    f"{place}: it knows {usable} positions, sequence_length is {self.experiment.sequence_length}"
+                )
+
+    def lanes(self, name: str) -> list[Lane]:
+        """The corpora that a model is trained on, with its teachers' targets."""
+        model = self.experiment.models[name]
+        assert model.train is not None
+        lanes = []
+        for corpus in model.train.on:
+            targets = None
+            if model.inherit and corpus in model.inherit.teachers:
+                folder = self.folder(Stage("teach", targets_name(model.inherit.teachers[corpus], corpus)))
+                facts = open_sealed(folder).facts
+                targets = ShardFolder(folder, facts["positions"], facts["positions_per_shard"])
+            lanes.append(Lane(corpus, self.tokens(corpus).train, self.stream(corpus), self.viewer(corpus), targets))
+        return lanes
+
+    def loader(self, name: str, plan: Plan) -> Loader:
+        """The batches of a model's training."""
+        model = self.experiment.models[name]
+        assert model.train is not None
+        k = model.inherit.targets.k if model.inherit else 1
+        return Loader(self.lanes(name), Mix(list(model.train.on.values())), plan, k, self.tokenizer.size)
+
+    # -------------------------------------------------------------------------------------------- identities
+
+    def identity(self, stage: Stage) -> Identity:
+        """What the stage's folder is made of.
+
+        Raises:
+            UserError: an input is not sealed yet.
+        """
+        e = self.experiment
+        config: dict[str, Any]
+        if stage.kind == "tokenizer":
+            train = e.tokenizer.train
+            sources = {name: e.corpora[name].model_dump(mode="json") for name in train.on} if train else {}
+            config = {"objective": e.objective, "tokenizer": e.tokenizer.model_dump(mode="json"), "sources": sources}
+            return Identity("tokenizer", config, {})
+        if stage.kind == "corpus":
+            settings = e.corpora[stage.name].model_dump(mode="json")
+            config = {"objective": e.objective, "sequence_length": e.sequence_length, "corpus": settings}
+            return Identity("corpus", config, {"tokenizer": self.tokenizer.digest})
+        viewing: dict[str, Any] = {"objective": e.objective, "seed": e.seed, "sequence_length": e.sequence_length}
+        if e.objective == "mlm":
+            viewing["masking"] = e.masking.model_dump(mode="json")
+        if stage.kind == "teach":
+            teacher, corpus = stage.name.split("@")
+            config = {**viewing, "select": "top_k", "k": targets_needed(e, teacher, corpus)[1]}
+            inputs = {f"models/{teacher}": self.model_digest(teacher), f"corpora/{corpus}": self.tokens(corpus).digest}
+            return Identity("teach", config, inputs)
+        if stage.kind == "train":
+            return self._training_identity(stage.name, viewing)
+        inputs = {f"corpora/{name}": self.tokens(name).digest for name in e.corpora}
+        return Identity("evaluate", viewing, {f"models/{stage.name}": self.model_digest(stage.name), **inputs})
+
+    def _training_identity(self, name: str, viewing: dict[str, Any]) -> Identity:
+        model = self.experiment.models[name]
+        assert model.train is not None
+        config = {
+            **viewing,
+            "model_seed": self.experiment.model_seed(name),
+            "model": model.model_dump(mode="json", exclude={"train": NOT_SHAPING, "seed": True}),
+            "precision": engine.precision(self.engine_config),
+        }
+        inputs = {f"corpora/{corpus}": self.tokens(corpus).digest for corpus in model.train.on}
+        if model.start_from:
+            inputs[f"models/{model.start_from}"] = self.model_digest(model.start_from)
+        if model.pretrained:
+            inputs["pretrained"] = pretrained_digest(self.model_or_name(model.pretrained))
+        for corpus, teacher in (model.inherit.teachers if model.inherit else {}).items():
+            stage = Stage("teach", targets_name(teacher, corpus))
+            inputs[stage.folder] = open_sealed(self.folder(stage)).digest
+        return Identity("train", config, inputs)
+
+    # ------------------------------------------------------------------------------------------------- costs
+
+    def model_config(self, name: str, tokenizer: TextTokenizer) -> Any:
+        """The Hugging Face configuration of a model, before it exists."""
+        model = self.experiment.models[name]
+        if model.architecture is not None:
+            place = f"models.{name}.architecture"
+            length = self.experiment.sequence_length
+            return models.configuration(model.architecture, self.experiment.objective, tokenizer, length, place)
+        if model.start_from is not None:
+            return self.model_config(model.start_from, tokenizer)
+        return models.pretrained_configuration(self.model_or_name(str(model.pretrained)), f"models.{name}.pretrained")
+
+    def targets_per_sequence(self) -> float:
+        """Target positions of a sequence, on average."""
+        e = self.experiment
+        return e.sequence_length - 1 if e.objective == "clm" else (e.sequence_length - 2) * e.masking.probability
+
+    def cost(self, name: str, tokenizer: TextTokenizer) -> dict[str, Any]:
+        """Parameters and FLOPs of a model: of a forward pass over a sequence, and of a training step."""
+        e = self.experiment
+        config = self.model_config(name, tokenizer)
+        forward = models.forward_flops(config, e.objective, e.sequence_length, self.targets_per_sequence())
+        train = e.models[name].train
+        return {
+            "parameters": models.count_parameters(config, e.objective),
+            "flops_per_sequence": forward,
+            "flops_per_step": 3 * forward * train.batch_size if train else 0.0,
+        }
+
+    def training_facts(self, name: str) -> dict[str, Any]:
+        """What the report needs to know of a training run."""
+        model = self.experiment.models[name]
+        train = model.train
+        assert train is not None
+        teachers = {
+            corpus: {
+                "model": teacher,
+                "flops_per_sequence": self.cost(teacher, self.tokenizer)["flops_per_sequence"],
+                "share": train.on[corpus] / sum(train.on.values()),
+            }
+            for corpus, teacher in (model.inherit.teachers if model.inherit else {}).items()
+        }
+        cost = self.cost(name, self.tokenizer)
+        return {
+            "parameters": cost["parameters"],
+            "flops_per_step": cost["flops_per_step"],
+            "steps": train.steps,
+            "batch_size": train.batch_size,
+            "sequence_length": self.experiment.sequence_length,
+            "teacher_steps": teacher_steps(model.inherit, train.steps),
+            "teachers": teachers,
+        }
+
+    def plan(self, train: Train, name: str, rank: int, world_size: int) -> Plan:
+        """How a training run is cut among ranks."""
+        size = engine.micro_batch_size(train, world_size, f"models.{name}")
+        return Plan(train.batch_size, size, rank, world_size)
+
+    def inputs_of(self, stage: Stage) -> list[Stage]:
+        """The stages whose folders a stage reads."""
+        e = self.experiment
+        tokenizer = Stage("tokenizer", "tokenizer")
+
+        def finished(name: str) -> list[Stage]:
+            return [Stage("train", name)] if e.models[name].train else []
+
+        if stage.kind == "tokenizer":
+            return []
+        if stage.kind == "corpus":
+            return [tokenizer]
+        if stage.kind == "teach":
+            teacher, corpus = stage.name.split("@")
+            return [tokenizer, Stage("corpus", corpus), *finished(teacher)]
+        if stage.kind == "train":
+            model = e.models[stage.name]
+            taught = model.inherit.teachers.items() if model.inherit else []
+            read = [Stage("corpus", corpus) for corpus in (model.train.on if model.train else {})]
+            read += [Stage("teach", targets_name(teacher, corpus)) for corpus, teacher in taught]
+            return [tokenizer, *read, *(one for other in needs(e, stage.name) for one in finished(other))]
+        everything = [Stage("corpus", name) for name in e.corpora]
+        return [tokenizer, *everything, *(finished(stage.name) if stage.kind == "evaluate" else [])]
+
+
+def pretrained_digest(source: str) -> str:
+    """Of a model folder: its weights and configuration; of a name on the hub: the name."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return digest({"hub": source})
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return digest({file.name: file_digest(file) for file in files if file.exists()})

@@ -1,0 +1,7 @@
+"""One rank of the evaluate stage, for launchers: deepspeed runners/evaluate.py EXPERIMENT.json --workdir DIR [--name NAME]."""
+
+import sys
+
+from ki_ds.cli import main
+
+main(["worker", "evaluate", *sys.argv[1:]])

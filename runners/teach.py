@@ -1,0 +1,7 @@
+"""One rank of the teach stage, for launchers: deepspeed runners/teach.py EXPERIMENT.json --workdir DIR [--name NAME]."""
+
+import sys
+
+from ki_ds.cli import main
+
+main(["worker", "teach", *sys.argv[1:]])
