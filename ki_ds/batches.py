@@ -147,11 +147,13 @@ class Loader:
                 for p, n in zip(planes, counts, strict=True)
             ]
             packed = to_packed(codec.concatenate(whole))
-            alpha_N = torch.full((len(rows),), alpha, dtype=torch.float32)
+            alpha_N = torch.from_numpy(np.full(len(rows), alpha, np.float32))
         return MicroBatch(
-            torch.from_numpy(inputs).long(),
+            torch.from_numpy(
+                inputs.astype(np.int64)
+            ),  # numpy, not torch: this thread must not start a second thread pool
             torch.from_numpy(rows),
-            torch.from_numpy(labels.reshape(-1)[rows]).long(),
+            torch.from_numpy(labels.reshape(-1)[rows].astype(np.int64)),
             packed,
             alpha_N,
         )

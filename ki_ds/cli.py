@@ -212,22 +212,22 @@ def doctor(workdir: Workdir = None) -> None:
 
 @app.command(hidden=True)
 def worker(
-    kind: str, file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None,
+    kinds: str, file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None,
     names: Annotated[list[str] | None, typer.Option("--name")] = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:  # fmt: skip
-    """One rank of an engine stage; started by a launcher."""
+    """One rank of engine stages; started by a launcher."""
     distributed.quiet()
     from ki_ds.worker import work
 
-    if kind not in ONLY:
-        raise UserError(f'found stage "{kind}"; allowed: {", ".join(ONLY)}')
     space = _open(file, scale, workdir, settings)
-    chosen = [stage for stage in stages(space.experiment) if stage.kind == kind and (not names or stage.name in names)]
-    unknown = set(names or ()) - {stage.name for stage in chosen}
-    if unknown:
-        known = ", ".join(stage.name for stage in stages(space.experiment) if stage.kind == kind)
-        raise UserError(f"--name {sorted(unknown)[0]}: there is no such {kind} stage; the experiment has {known}")
+    known = [stage for stage in stages(space.experiment) if stage.kind in kinds.split(",")]
+    labels = {label for stage in known for label in (stage.name, f"{stage.kind}:{stage.name}")}
+    for name in names or ():
+        if name not in labels:
+            listed = ", ".join(stage.name for stage in known)
+            raise UserError(f"--name {name}: there is no such stage of kind {kinds}; the experiment has {listed}")
+    chosen = [stage for stage in known if not names or {stage.name, f"{stage.kind}:{stage.name}"} & set(names)]
     for stage in chosen:
         work(stage, space)
 

@@ -66,7 +66,8 @@ def _accelerators() -> None:
     from deepspeed.ops.op_builder import ALL_OPS
 
     say(f"deepspeed accelerator: {get_accelerator().device_name()}")
-    ready, others = [], []
+    ready: list[str] = []
+    others: list[str] = []
     for name, builder in ALL_OPS.items():
         try:
             compatible = builder.is_compatible(verbose=False)

@@ -82,22 +82,19 @@ def micro_batch_size(train: Train, world_size: int, place: str) -> int:
 
 
 class GuardedAdamW(torch.optim.AdamW):
-    """AdamW that, where DeepSpeed leaves it to the optimizer (ZeRO 0), clips, and skips a step that is not finite."""
+    """AdamW that clips, and skips a step that is not finite: at ZeRO 0 DeepSpeed leaves both to the optimizer."""
 
-    clip: float | None = None  # None: DeepSpeed clips and checks
+    clip = 0.0
     overflow = False  # DeepSpeed reads this after the step
     norm: float | None = None
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        if self.clip is not None:
-            parameters = [p for group in self.param_groups for p in group["params"]]
-            norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
-            self.norm = float(norm)
-            self.overflow = not bool(torch.isfinite(norm))
-            if self.overflow:
-                return None
-        return super().step(closure)
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
+        self.norm = float(norm)
+        self.overflow = not bool(torch.isfinite(norm))
+        return None if self.overflow else super().step(closure)
 
 
 class Engine:
@@ -108,13 +105,13 @@ class Engine:
 
         matrices = [p for p in model.parameters() if p.dim() > 1]
         rest = [p for p in model.parameters() if p.dim() <= 1]  # biases and norms do not decay (Devlin et al. 2019)
-        optimizer = GuardedAdamW(
+        self.bare = stage(config) == 0
+        optimizer = (GuardedAdamW if self.bare else torch.optim.AdamW)(
             [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=train.learning_rate, betas=train.betas, eps=train.epsilon, fused=True,
         )  # fmt: skip
-        self.bare = stage(config) == 0
         self.fp16 = precision(config) == "fp16"
-        if self.bare:
+        if isinstance(optimizer, GuardedAdamW):
             optimizer.clip = train.gradient_clipping
         joined = {
             **{key: value for key, value in config.items() if key not in OWNED},
@@ -136,7 +133,9 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
-        norm = self.optimizer.norm if self.bare else self.deepspeed.get_global_grad_norm()
+        norm = (
+            self.optimizer.norm if isinstance(self.optimizer, GuardedAdamW) else self.deepspeed.get_global_grad_norm()
+        )
         return bool(self.deepspeed.was_step_applied()), float("nan") if norm is None else float(norm)
 
     # --------------------------------------------------------------------------------------------- checkpoints

@@ -245,7 +245,7 @@ class Experiment(Strict):
     objective: Literal["mlm", "clm"]
     sequence_length: Annotated[int, Field(ge=8, le=1 << 20)] = 512
     tokenizer: Tokenizer
-    masking: Masking = Masking()
+    masking: Masking = Masking(views=10)
     corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
     models: Annotated[dict[Name, Model], Field(min_length=1)]
     compare: list[Comparison] = []

@@ -18,8 +18,9 @@ from ki_ds.corpus.sources import FileSource, files
 from ki_ds.distributed import free_port
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.graph import Stage, stages, targets_needed
-from ki_ds.progress import duration, say
+from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, open_sealed, state
+from ki_ds.worker import work
 from ki_ds.workspace import Workspace
 
 LAUNCHED = ("teach", "train", "evaluate")
@@ -167,9 +168,9 @@ def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, na
     if not chosen:
         known = [s.name for s in stages(space.experiment) if kinds is None or s.kind in kinds]
         raise UserError(f'there is no stage "{name}"; the experiment has {", ".join(known)}')
-    waiting: list[Stage] = []  # engine stages of one kind that read nothing of each other share a launch
+    waiting: list[Stage] = []  # engine stages in a row share one launch
     for stage in chosen:
-        if waiting and not (stage.kind == waiting[0].kind == "evaluate"):
+        if stage.kind not in LAUNCHED and waiting:
             started(space, launch, waiting)
             waiting = []
         if stage.kind != "report" and stage_state(space, stage) == "sealed":
@@ -177,18 +178,9 @@ def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, na
         elif stage.kind in LAUNCHED:
             waiting.append(stage)
         else:
-            _here(space, stage)
+            work(stage, space)
     if waiting:
         started(space, launch, waiting)
-
-
-def _here(space: Workspace, stage: Stage) -> None:
-    from ki_ds.worker import work
-
-    began = time.monotonic()
-    say(f"{stage} …")
-    work(stage, space)
-    say(f"{stage}: done in {duration(time.monotonic() - began)}")
 
 
 def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
@@ -197,18 +189,12 @@ def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
     Raises:
         StageFailed: they ended without sealing their folders, whatever the launcher's exit code says.
     """
-    label = group[0].kind + " " + ", ".join(stage.name for stage in group)
-    say(f"{label} …")
-    began = time.monotonic()
     code = _launched(launch, group)
     missing = [stage for stage in group if stage_state(space, stage) != "sealed"]
     if missing:
         if code != 2:
-            say(
-                f"{label}: failed (the launcher's exit code is {code}); the reason stands above. Run again to continue."
-            )
-        raise StageFailed(label, 2 if code == 2 else 1)
-    say(f"{label}: done in {duration(time.monotonic() - began)}")
+            say(f"{missing[0]}: failed (exit code {code}); the reason stands above. Run again to continue.")
+        raise StageFailed(str(missing[0]), 2 if code == 2 else 1)
 
 
 def _launched(launch: Launch, group: list[Stage]) -> int:
@@ -218,8 +204,8 @@ def _launched(launch: Launch, group: list[Stage]) -> int:
     else:
         # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
         command += ["--hostfile", os.devnull, "--num_gpus", str(launch.processes), "--master_addr", "127.0.0.1"]
-    command += ["--master_port", str(free_port()), "--module", "ki_ds.cli", "worker", group[0].kind]
-    command += [*launch.arguments, *(part for stage in group for part in ("--name", stage.name))]
+    command += ["--master_port", str(free_port()), "--module", "ki_ds.cli", "worker", ",".join(LAUNCHED)]
+    command += [*launch.arguments, *(part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}"))]
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(cores // launch.processes, 1)))

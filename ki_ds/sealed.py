@@ -1,9 +1,9 @@
 """Sealed folders: how stages meet on disk.
 
-A folder is made for one *identity*: the stage, the part of the configuration that shapes the result, and the
-digests of its inputs. While it is being filled it holds `unsealed.json`; when it is complete, `manifest.json` is written last
-and atomically. A sealed folder is never changed; an unsealed one is continued; one that was made for another identity is
-refused, with the keys that differ.
+A folder is made for one *identity*: the stage, the part of the configuration that shapes the result, and the digests
+of its inputs. While it is being filled it holds `unsealed.json`; when it is complete, `manifest.json` is written last
+and atomically. A sealed folder is never changed; an unsealed one is continued; one that was made for another identity
+is refused, with the keys that differ.
 """
 
 from __future__ import annotations

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from ki_ds.errors import UserError
 from ki_ds.graph import Stage
 from ki_ds.models import LanguageModel
 from ki_ds.perplexity import perplexity, validate
-from ki_ds.progress import Progress
+from ki_ds.progress import Progress, duration, say
 from ki_ds.report import report
 from ki_ds.sealed import Manifest, digest, file_digest, prepare, seal, write_atomically
 from ki_ds.workspace import Workspace
@@ -31,10 +34,18 @@ def work(stage: Stage, space: Workspace) -> None:
         UserError: the input or the state of the work directory does not allow it.
     """
     run = {"tokenizer": tokenizer, "corpus": corpus, "teach": teaching, "train": training, "evaluate": evaluation}
+    began, shown = time.monotonic(), distributed.rank() == 0
+    if shown:
+        say(f"{stage} …")
     if stage.kind == "report":
         report(space.experiment, space.root)
     else:
         run[stage.kind](stage, space)
+    gc.collect()  # an engine is full of cycles; the next stage needs its memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if shown:
+        say(f"{stage}: done in {duration(time.monotonic() - began)}")
 
 
 def tokenizer(stage: Stage, space: Workspace) -> None:
@@ -47,14 +58,14 @@ def tokenizer(stage: Stage, space: Workspace) -> None:
         tally = Tally()
         with Progress("tokenizer", None, "documents") as progress:
 
-            def texts():  # type: ignore[no-untyped-def]
-                for name in e.tokenizer.train.on:
+            def texts(names: list[str]) -> Iterator[str]:
+                for name in names:
                     given = e.corpora[name]
                     for text in documents(given.sources, space.bases, f"corpora.{name}", given.invalid_utf8, tally):
                         progress.advance()
                         yield text
 
-            trained = tokenizers.train(texts(), e.tokenizer.train.vocabulary_size, e.objective)
+            trained = tokenizers.train(texts(e.tokenizer.train.on), e.tokenizer.train.vocabulary_size, e.objective)
         if not tally.documents:
             raise UserError(
                 f"corpora.{e.tokenizer.train.on[0]}: no text to train a tokenizer on; every source is empty"

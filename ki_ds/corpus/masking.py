@@ -48,7 +48,7 @@ class Viewer:
         self.key = derive_key("mask", seed, corpus)
         self.special = np.asarray(sorted(special), dtype=np.int64)
         self.ordinary = np.setdiff1d(np.arange(vocabulary, dtype=np.int32), self.special)
-        self.mask = mask
+        self.mask = -1 if mask is None else mask
         self.threshold = np.uint64(int(probability * 2.0**64))
 
     def __call__(self, tokens_BS: np.ndarray, sequences_B: np.ndarray, views_B: np.ndarray) -> View:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 
@@ -110,14 +111,14 @@ class Mix:
             Fraction(weights[i] / sum(weights[i:])).limit_denominator(1 << 15) for i in range(len(weights) - 1)
         ]
 
-    def _count(self, share: Fraction, positions: Positions) -> Positions:
+    def _count(self, share: Fraction, positions: Any) -> Any:
         return (positions * share.numerator + share.denominator // 2) // share.denominator
 
     def counts(self, position: int) -> list[int]:
         """How many of the first `position` positions fall to each stream."""
         counts, rest = [], position
         for share in self.shares:
-            here = int(self._count(share, np.int64(rest)))
+            here = self._count(share, rest)
             counts.append(here)
             rest -= here
         return [*counts, rest]

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from pyarrow import parquet
 
+from ki_ds.corpus import documentation
 from ki_ds.corpus import sources as module
 from ki_ds.corpus.sources import Tally, documents, files
 from ki_ds.errors import UserError
@@ -543,7 +544,7 @@ def test_long_chain_of_elif(installed):
 def test_processes_give_the_same_in_the_same_order(installed, monkeypatch):
     installed({f"kids_many/m{i}.py": f'"""{i} {LONG}"""' for i in range(40)})
     alone = docs("kids_many")
-    monkeypatch.setattr(module, "PARALLEL_FILES", 0)
+    monkeypatch.setattr(documentation, "PARALLEL_FILES", 0)
     assert docs("kids_many") == alone
     assert len(alone) == 40
 
@@ -562,7 +563,7 @@ def test_standard_library(tmp_path, monkeypatch):
 
 def test_topics_of_this_python_are_found():
     path = Path(sysconfig.get_path("stdlib"), "pydoc_data", "topics.py")
-    assert any("assert" in topic for topic in module._topics(ast.parse(path.read_bytes())))
+    assert any("assert" in topic for topic in documentation._topics(ast.parse(path.read_bytes())))
 
 
 @pytest.mark.parametrize("name", ["torch.nn", "a-b", "", "../x", "-r"])

@@ -1,0 +1,12 @@
+"""Shared fixtures. Tests run beside each other on few cores: one thread each, and no third-party noise."""
+
+import os
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import torch
+
+from ki_ds import distributed
+
+torch.set_num_threads(1)
+distributed.quiet()
