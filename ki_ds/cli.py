@@ -130,11 +130,12 @@ def shipped(name: str) -> Path:
     Raises:
         UserError: it is in neither.
     """
-    places = [Path(__file__).parent.parent / "ds_configs", Path(sys.prefix) / "share" / "ki_ds" / "ds_configs"]
-    for place in places:
-        if (place / name).exists():
-            return place / name
-    raise UserError(f"ds_configs/{name} is not installed (looked in {places[0]} and {places[1]})")
+    from ki_ds.workspace import SHIPPED
+
+    for place in SHIPPED:
+        if (place / "ds_configs" / name).exists():
+            return place / "ds_configs" / name
+    raise UserError(f"ds_configs/{name} is not installed (looked in {' and '.join(map(str, SHIPPED))})")
 
 
 @app.command()

@@ -73,7 +73,8 @@ SOURCE_KINDS = {
 
 def _source_kind(value: Any) -> str | None:
     if isinstance(value, dict):
-        return next((kind for kind in SOURCE_KINDS if kind in value), None)
+        kinds = [kind for kind in SOURCE_KINDS if kind in value]
+        return kinds[0] if len(kinds) == 1 else None
     return next((kind for kind, cls in SOURCE_KINDS.items() if isinstance(value, cls)), None)
 
 
@@ -294,6 +295,8 @@ def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, .
             raise UserError(
                 f'{path}: scales: there is no scale "{scale}"; the file has {listed}{nearest(scale, known)}'
             )
+        if not isinstance(scales[scale], dict):
+            raise UserError(f"{path}: scales.{scale}: expected an object, a merge patch over this file")
         data = merge_patch(data, scales[scale])
     for setting in settings:
         data = merge_patch(data, assignment(setting))

@@ -47,6 +47,10 @@ def _model(experiment: Experiment, name: str, model: Model) -> list[str]:
         return lines
     unknown = [corpus for corpus in model.train.on if corpus not in corpora]
     lines += [_unknown(f"{place}.train.on.{corpus}", "corpus", corpus, corpora) for corpus in unknown]
+    try:
+        Mix(list(model.train.on.values()))
+    except ValueError as error:
+        lines.append(f"{place}.train.on: {error}")
     inherit = model.inherit
     if inherit is None:
         return lines
@@ -114,10 +118,11 @@ def order(experiment: Experiment) -> list[str]:
     ordered: list[str] = []
 
     def visit(name: str) -> None:
+        if name in ordered:
+            return
         for other in needs(experiment, name):
             visit(other)
-        if name not in ordered:
-            ordered.append(name)
+        ordered.append(name)
 
     for name in experiment.models:
         visit(name)

@@ -18,7 +18,8 @@ def teacher_steps(inherit: Inherit | None, steps: int) -> int:
     if inherit.alpha_T is None:
         return steps
     # α_t = 1 - alpha_T · t / T > 0 for t < T / alpha_T; the rounding guards against 3 / 0.3 = 10.000000000000002
-    return min(math.ceil(round(steps / inherit.alpha_T, 9)), steps)
+    # and alpha_0 is 1 whatever alpha_T is
+    return max(math.ceil(round(min(steps / inherit.alpha_T, steps), 9)), 1)
 
 
 def alpha(inherit: Inherit | None, step: int, steps: int) -> float:

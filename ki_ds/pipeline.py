@@ -168,6 +168,12 @@ def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, na
     if not chosen:
         known = [s.name for s in stages(space.experiment) if kinds is None or s.kind in kinds]
         raise UserError(f'there is no stage "{name}"; the experiment has {", ".join(known)}')
+    for stage in chosen:
+        for one in space.inputs_of(stage):
+            if one not in chosen and stage_state(space, one) != "sealed":
+                raise UserError(
+                    f"{stage} reads {space.folder(one)}, which is not finished. Run `ki-ds run` to make it."
+                )
     waiting: list[Stage] = []  # engine stages in a row share one launch
     for stage in chosen:
         if stage.kind not in LAUNCHED and waiting:

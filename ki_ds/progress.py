@@ -32,6 +32,7 @@ class Progress:
         self.label, self.total, self.unit, self.done, self.shown = label, total, unit, done, shown
         self.first, self.began, self.said = done, time.monotonic(), time.monotonic()
         self.note = ""
+        self.lined: int | None = None  # what the last line said
         self.bar: Any = None
         if shown and sys.stdout.isatty():
             from rich.progress import BarColumn, TextColumn, TimeRemainingColumn
@@ -51,7 +52,7 @@ class Progress:
     ) -> None:
         if self.bar:
             self.bar.stop()
-        elif self.shown and kind is None:
+        elif self.shown and kind is None and self.lined != self.done:
             self._line()
 
     def text(self) -> str:
@@ -77,7 +78,7 @@ class Progress:
             self._line()
 
     def _line(self) -> None:
-        self.said = time.monotonic()
+        self.said, self.lined = time.monotonic(), self.done
         say(f"  {self.label}: {self.text()}")
 
 

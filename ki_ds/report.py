@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,11 +20,11 @@ from ki_ds import savings
 from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment
 from ki_ds.savings import Record, Run, number, words
+from ki_ds.sealed import write_atomically
 from ki_ds.strict import Kind, parse
 
 COLOURS = ("#0b6e99", "#d1603d", "#7b5aa6", "#b8860b", "#c2478a", "#555555")
 TEACHER = "#4f8a3c"
-DRAWN = 4000  # points of a curve at most
 SIZES = ("parameters", "steps", "batch_size", "sequence_length")
 
 
@@ -109,7 +108,7 @@ def _plain(text: str, length: int = 40) -> str:
     return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
 
 
-def _axes(title: str, label: str, steps: int, break_away: int | None) -> Axes:
+def _axes(title: str, label: str, steps: int, break_away: int | None) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(7.2, 4.4), dpi=144, layout="constrained", facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.subplots()
@@ -120,14 +119,12 @@ def _axes(title: str, label: str, steps: int, break_away: int | None) -> Axes:
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.25)
     if break_away is not None:
-        axes.axvline(break_away, color="#777777", linestyle=":", label=f"alpha is 0 from step {break_away:,}")
-    return axes
+        axes.axvline(break_away, color="#777777", linestyle=":", label=f"break-away: step {break_away:,}")
+    return figure, axes
 
 
-def _png(axes: Axes) -> bytes:
+def _png(figure: Figure, axes: Axes) -> bytes:
     """The finished figure, its legend below the axes, where no curve runs through it."""
-    figure = axes.get_figure(root=True)
-    assert figure is not None
     if axes.get_legend_handles_labels()[0]:
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     buffer = io.BytesIO()
@@ -136,17 +133,18 @@ def _png(axes: Axes) -> bytes:
 
 
 def _perplexity(runs: Sequence[Run], corpus: str, teacher: Record | None, break_away: int | None) -> bytes:
-    axes = _axes(f"Validation perplexity on {corpus}", "perplexity", max(run.facts.steps for run in runs), break_away)
+    steps = max(run.facts.steps for run in runs)
+    figure, axes = _axes(f"Validation perplexity on {corpus}", "perplexity", steps, break_away)
     axes.set_yscale("log")
     drawn: list[float] = []
     for index, run in enumerate(runs):
         curve = run.curve(corpus)
         points = [(step, value) for step, value in curve if savings.usable(value)]
-        steps, values = [step for step, _ in points], [value for _, value in points]
+        at, values = [step for step, _ in points], [value for _, value in points]
         style = ("-", "--", ":")[index // len(COLOURS) % 3]
         label = f"{_plain(run.name)}: {number(savings.final(curve))}"
         marker = "o" if len(points) <= 40 else None
-        axes.plot(steps, values, style, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=3, label=label)
+        axes.plot(at, values, style, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=3, label=label)
         drawn += values
     if teacher and savings.usable(teacher["perplexity"] or 0):
         label = f"teacher {_plain(teacher['model'])}: {number(teacher['perplexity'])}"
@@ -156,38 +154,37 @@ def _perplexity(runs: Sequence[Run], corpus: str, teacher: Record | None, break_
     axes.yaxis.set_major_locator(MaxNLocator(6) if spread < 6 else LogLocator(subs=(1, 2, 5)))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    return _png(axes)
+    return _png(figure, axes)
 
 
 def _alpha(run: Run) -> bytes:
-    axes = _axes(f"Weight of the teacher's predictions in {run.name}", "alpha", run.facts.steps, run.facts.break_away)
+    figure, axes = _axes(f"Weight of the teacher in {run.name}", "alpha", run.facts.steps, run.facts.break_away)
     alphas = np.array([row.alpha for row in run.history], dtype=float)  # None becomes NaN
     axes.plot([row.step for row in run.history], alphas, color=COLOURS[0])
     axes.set_ylim(-0.03, 1.05)
-    return _png(axes)
+    return _png(figure, axes)
 
 
 def _losses(run: Run) -> bytes:
-    """CE and KL in training: every step, thin, and a moving average over a fiftieth of the run."""
-    axes = _axes(f"Training losses of {run.name}", "nats per target", run.facts.steps, run.facts.break_away)
+    """CE and KL in training: every step, thin, and a moving average."""
+    figure, axes = _axes(f"Training losses of {run.name}", "nats per target", run.facts.steps, run.facts.break_away)
     steps = np.array([row.step for row in run.history])
-    every = max(1, len(steps) // DRAWN)
     for colour, label, key in ((COLOURS[0], "CE with the text", "ce"), (TEACHER, "KL from the teacher", "kl")):
         values = np.array([getattr(row, key) for row in run.history], dtype=float)
         known = np.isfinite(values)
         if not known.any():
             continue
-        window = np.ones(max(1, len(values) // 50))
+        window = np.ones(min(max(1, len(values) // 20), 500))
         sums, counts = (np.convolve(part, window, "same") for part in (np.where(known, values, 0.0), known))
         average = np.where(known, sums / np.maximum(counts, 1), np.nan)
-        axes.plot(steps[::every], np.where(known, values, np.nan)[::every], color=colour, linewidth=0.6, alpha=0.4)
-        axes.plot(steps[::every], average[::every], color=colour, linewidth=1.6, label=label)
-    return _png(axes)
+        axes.plot(steps, np.where(known, values, np.nan), color=colour, linewidth=0.6, alpha=0.4)
+        axes.plot(steps, average, color=colour, linewidth=1.6, label=label)
+    return _png(figure, axes)
 
 
 def _sections(experiment: Experiment, summary: Record, runs: dict[str, Run]) -> Iterator[Record]:
     """The report's sections: a heading, plain words, and figures by file name."""
-    if not experiment.compare:
+    if runs and not experiment.compare:
         corpora = dict.fromkeys(corpus for run in runs.values() for corpus in run.corpora())
         evaluated = {corpus: [run for run in runs.values() if corpus in run.corpora()] for corpus in corpora}
         figures = [
@@ -213,13 +210,13 @@ TEMPLATE = """<!doctype html>
 <html lang="en">
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ name }}</title>
+<title>{{ experiment.name }}</title>
 <style>
 :root { color-scheme: light dark; --line: color-mix(in srgb, currentColor 18%, transparent) }
 body { font: 16px/1.55 system-ui, sans-serif; max-width: 74rem; margin: 3rem auto; padding: 0 1.5rem }
 h1, h2 { line-height: 1.2; margin: 0 0 .5rem }
 h2 { margin-top: 3rem; padding-top: 1.5rem; border-top: 1px solid var(--line) }
-p, li { max-width: 52rem }
+p { max-width: 52rem; margin: 0 0 .8rem }
 .figures { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(30rem, 100%), 1fr)) }
 img { width: 100%; background: white; border-radius: 8px; box-shadow: 0 0 0 1px var(--line) }
 .scroll { overflow-x: auto }
@@ -227,16 +224,18 @@ table { border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .4rem 1.2rem .4rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap }
 th:first-child, td:first-child { text-align: left }
 </style>
-<h1>{{ name }}</h1>
-<p>{{ subtitle }}</p>
+<h1>{{ experiment.name }}</h1>
+<p>{{ experiment.objective }}, sequences of {{ count(experiment.sequence_length) }} tokens</p>
 {% for section in sections %}
 <h2>{{ section.title }}</h2>
-<ul>{% for line in section.lines %}<li>{{ line }}</li>{% endfor %}</ul>
+{% for line in section.lines %}<p>{{ line }}</p>
+{% endfor %}
 <div class="figures">
 {% for file, image in section.figures %}<img alt="{{ file }}" src="data:image/png;base64,{{ inline(image) }}">
 {% endfor %}</div>
 {% endfor %}
 <h2>Models</h2>
+<p>Perplexities are those of the final evaluation, or else of the last validation in training.</p>
 <div class="scroll"><table>
 <tr><th>model<th>parameters<th>steps{% for corpus in corpora %}<th>perplexity on {{ corpus }}{% endfor %}</tr>
 {% for model, record in models.items() %}
@@ -250,26 +249,16 @@ th:first-child, td:first-child { text-align: left }
 
 
 def _html(experiment: Experiment, summary: Record, sections: list[Record]) -> str:
-    return (
-        jinja2.Environment(autoescape=True)
-        .from_string(TEMPLATE)
-        .render(
-            name=experiment.name,
-            subtitle=f"{experiment.objective}, sequences of {experiment.sequence_length:,} tokens",
-            sections=sections,
-            models=summary["models"],
-            corpora=list(dict.fromkeys(name for model in summary["models"].values() for name in model["perplexities"])),
-            number=number,
-            count=lambda value: "–" if value is None else f"{value:,}",
-            inline=lambda image: base64.b64encode(image).decode("ascii"),
-        )
+    template = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
+    return template.render(
+        experiment=experiment,
+        sections=sections,
+        models=summary["models"],
+        corpora=list(dict.fromkeys(name for model in summary["models"].values() for name in model["perplexities"])),
+        number=number,
+        count=lambda value: "–" if value is None else f"{value:,}",
+        inline=lambda image: base64.b64encode(image).decode("ascii"),
     )
-
-
-def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def report(experiment: Experiment, workdir: Path) -> Path:
@@ -297,7 +286,7 @@ def report(experiment: Experiment, workdir: Path) -> Path:
         while files.setdefault(name, image) != image:  # names with dashes can meet
             name += "-2"
     for name, image in files.items():
-        _write(folder / f"{name}.png", image)
-    _write(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
-    _write(folder / "report.html", _html(experiment, summary, sections).encode())
+        write_atomically(folder / f"{name}.png", image)
+    write_atomically(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False).encode())
+    write_atomically(folder / "report.html", _html(experiment, summary, sections).encode())
     return folder / "report.html"

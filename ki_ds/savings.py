@@ -23,9 +23,9 @@ Record = dict[str, Any]  # a JSON object of summary.json
 
 
 class Recorded(Strict):
-    """A part of a file that another stage wrote: its further keys are not for this stage."""
+    """A part of a file that another stage wrote: further keys are not for this one, and a run may have diverged."""
 
-    model_config = ConfigDict(extra="ignore")
+    model_config = ConfigDict(extra="ignore", allow_inf_nan=True)
 
 
 class TeacherCost(Recorded):
@@ -142,7 +142,7 @@ def ahead_from(student: Curve, baseline: Curve) -> int | None:
     since: int | None = None
     for step, mine in student:
         if step in other:
-            ahead = usable(mine) and not (usable(other[step]) and other[step] <= mine)
+            ahead = usable(mine) and not other[step] <= mine  # also ahead of one that is not a number
             since = (since or step) if ahead else None
     return since
 

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +114,8 @@ def _read(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}). Remove the folder {path.parent} and run again.") from None
-    if not isinstance(data, dict) or not {"stage", "schema", "config", "inputs"} <= data.keys():
+    sealed = {"fingerprint", "facts", "files"} if path.name == MANIFEST else set()
+    if not isinstance(data, dict) or not {"stage", "schema", "config", "inputs"} | sealed <= data.keys():
         raise UserError(f"{path}: not a manifest of ki_ds. Remove the folder {path.parent} and run again.")
     if data["schema"] != SCHEMA:
         raise UserError(
@@ -171,7 +173,8 @@ def prepare(path: Path, identity: Identity) -> Manifest | None:
                     + f". Choose another --workdir, put the old value back, or remove {path} to make it again."
                 )
             return open_sealed(path) if name == MANIFEST else None
-    if path.exists() and any(path.iterdir()):
+    # a crash in the middle of the first write leaves a temporary file of it and nothing else
+    if path.is_dir() and any(not fnmatch(file.name, f"{UNSEALED}.*.tmp") for file in path.iterdir()):
         raise UserError(
             f"{path}: holds files but no manifest, so it is not ki_ds's. Move it away or choose another --workdir."
         )
@@ -196,21 +199,23 @@ def differences(found: Any, expected: Any, place: str = "") -> list[str]:
         lines = [
             line
             for key in sorted(found.keys() | expected.keys())
-            for line in differences(found.get(key), expected.get(key), f"{place}.{key}" if place else key)
+            for line in differences(found.get(key, ...), expected.get(key, ...), f"{place}.{key}" if place else key)
         ]
         return lines[:5]
-    shown = [text if len(text) < 60 else text[:57] + "..." for text in (json.dumps(found), json.dumps(expected))]
-    return [] if found == expected else [f"{place}: found {shown[0]}, expected {shown[1]}"]
+    texts = ["nothing" if value is ... else json.dumps(value, sort_keys=True) for value in (found, expected)]
+    shown = [text if len(text) < 60 else text[:57] + "..." for text in texts]
+    return [] if texts[0] == texts[1] else [f"{place}: found {shown[0]}, expected {shown[1]}"]
 
 
 def seal(path: Path, identity: Identity, facts: dict[str, Any]) -> Manifest:
     """Write the manifest; from now on the folder is complete."""
     for leftover in path.rglob("*.tmp"):
-        leftover.unlink()
+        if leftover.is_file():
+            leftover.unlink()
     files = {
         str(file.relative_to(path)): file.stat().st_size
         for file in sorted(path.rglob("*"))
-        if file.is_file() and file.name not in (MANIFEST, UNSEALED)
+        if file.is_file() and file not in (path / MANIFEST, path / UNSEALED)
     }
     record = {
         **identity.record, "fingerprint": identity.fingerprint, "facts": facts, "files": files, "versions": versions(),

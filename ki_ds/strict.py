@@ -14,12 +14,30 @@ from ki_ds.errors import UserError, nearest
 
 
 class Strict(BaseModel):
-    """Frozen, no unknown keys, no silent conversion of types."""
+    """Frozen, no unknown keys, no silent conversion of types, no NaN and no infinities."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_by_name=True, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        strict=True,
+        allow_inf_nan=False,
+        validate_by_name=True,
+        serialize_by_alias=True,
+    )
 
 
 Kind = TypeVar("Kind", bound=Strict)
+
+WRONG_TYPE = {
+    "model_type": "an object",
+    "dict_type": "an object",
+    "list_type": "an array",
+    "tuple_type": "an array",
+    "string_type": "a string",
+    "int_type": "an integer",
+    "float_type": "a number",
+    "bool_type": "true or false",
+}
 
 
 def merge_patch(target: Any, patch: Any) -> Any:
@@ -45,8 +63,8 @@ def assignment(text: str) -> dict[str, Any]:
     if not equals or not all(path.split(".")):
         raise UserError(f"--set {text}: expected key=value, for instance --set models.student.train.steps=100")
     try:
-        patch: Any = json.loads(value)
-    except json.JSONDecodeError:
+        patch: Any = json.loads(value, parse_constant=_no_constants, parse_float=_finite)
+    except (ValueError, RecursionError):
         patch = value
     for key in reversed(path.split(".")):
         patch = {key: patch}
@@ -65,6 +83,13 @@ def _no_constants(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not abs(number) < float("inf"):
+        raise ValueError(f"the number {text} is too large")
+    return number
+
+
 def read_json(path: Path) -> Any:
     """The value in a JSON file; duplicate keys, NaN and infinities are refused.
 
@@ -78,7 +103,7 @@ def read_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants)
+        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite)
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except (ValueError, RecursionError) as error:
@@ -92,7 +117,7 @@ def parse(kind: type[Kind], data: Any, source: str) -> Kind:
         UserError: one line a problem, each opening with `source` and the JSON path.
     """
     try:
-        return kind.model_validate(data)
+        return kind.model_validate(data, by_alias=True, by_name=False)  # a field's Python name is no key of the file
     except ValidationError as error:
         raise UserError("\n".join(f"{source}: {line}" for line in problems(error, kind))) from None
 
@@ -100,6 +125,7 @@ def parse(kind: type[Kind], data: Any, source: str) -> Kind:
 def problems(error: ValidationError, kind: type[BaseModel]) -> list[str]:
     """One line a problem: JSON path, what was found, what is allowed, the nearest valid name."""
     lines = []
+    kinds: dict[str, list[str]] = {}
     for item in error.errors():
         holder, shown = _walk(kind, item["loc"])
         place = ".".join(shown) or "(top)"
@@ -113,6 +139,11 @@ def problems(error: ValidationError, kind: type[BaseModel]) -> list[str]:
         elif item["type"] == "literal_error":
             allowed = re.findall(r"'([^']*)'", str(item.get("ctx", {}).get("expected", "")))
             lines.append(f"{place}: found {found}; allowed: {', '.join(allowed)}{nearest(str(item['input']), allowed)}")
+        elif item["type"] in WRONG_TYPE:
+            if place in kinds:  # a union, which gives one problem for each of its members
+                lines.pop()
+            kinds.setdefault(place, []).append(WRONG_TYPE[item["type"]])
+            lines.append(f"{place}: expected {' or '.join(kinds[place])}; found {found}")
         elif item["type"] == "string_pattern_mismatch":
             lines.append(f"{place}: a name is letters, digits, '.', '_' and '-', at most 100 of them; found {found}")
         else:
@@ -128,7 +159,7 @@ def _walk(kind: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[
     shown: list[str] = []
     for part in location:
         here, tagged = _chosen(here, part)
-        if tagged:  # the discriminator's tag is not a key of the file
+        if tagged:  # a discriminator's tag, or a union member's label, is not a key of the file
             continue
         if part != "[key]":
             shown.append(str(part))
@@ -142,7 +173,7 @@ def _walk(kind: type[BaseModel], location: tuple[int | str, ...]) -> tuple[type[
 
 
 def _chosen(annotation: Any, part: int | str) -> tuple[Any, bool]:
-    """Strip Annotated and Optional; of a tagged union take the member that the part names."""
+    """Strip Annotated and Optional; of a union take the member that the part names: (annotation, it is but a name)."""
     while get_origin(annotation) is Annotated:
         annotation = get_args(annotation)[0]
     if get_origin(annotation) in (Union, types.UnionType):
@@ -151,7 +182,7 @@ def _chosen(annotation: Any, part: int | str) -> tuple[Any, bool]:
             if Tag(str(part)) in getattr(member, "__metadata__", ()):
                 return get_args(member)[0], True
         models = [member for member in members if isinstance(member, type) and issubclass(member, BaseModel)]
-        return (models or members)[0], False
+        return (models or members)[0], not models and len(members) > 1
     return annotation, False
 
 

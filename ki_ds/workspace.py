@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,17 @@ from ki_ds.targets.shard import ShardFolder
 NOT_SHAPING = {"micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
 
 
+# where ds_configs stands: in a checkout, in an installed package
+SHIPPED = (Path(__file__).parent.parent, Path(sys.prefix) / "share" / "ki_ds")
+
+
 class Workspace:
     """An experiment file's content, the folders where its relative paths are looked up, and the work directory."""
 
     def __init__(self, experiment: Experiment, source: Path, root: Path):
         self.experiment, self.root = experiment, root
         folder = source.resolve().parent
-        self.bases = [*dict.fromkeys([folder, *folder.parents, Path.cwd()])]
+        self.bases = [*dict.fromkeys([folder, *folder.parents, Path.cwd(), *SHIPPED])]
 
     def folder(self, stage: Stage) -> Path:
         """Where the stage's result stands."""
@@ -46,9 +51,8 @@ class Workspace:
         for base in self.bases:
             if (base / path).exists():
                 return base / path
-        raise UserError(
-            f"{place}: there is no {path} (looked in {self.bases[0]}, the folders above it and {Path.cwd()})"
-        )
+        looked = f"{self.bases[0]}, the folders above it and {Path.cwd()}"
+        raise UserError(f"{place}: there is no {path} (looked in {looked})")
 
     def model_or_name(self, pretrained: str) -> str:
         """A folder that exists, looked up as `find` does, or else a name on the Hugging Face hub."""

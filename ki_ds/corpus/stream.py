@@ -17,6 +17,7 @@ import numpy as np
 from ki_ds.corpus.hashing import counter_hash, derive_key, mix64
 
 ROUNDS = 6
+FINEST_SHARE = 1 << 15  # denominators of a mix's shares; with positions below 2^47 their products fit into int64
 Positions = np.ndarray  # int64, any shape unless said otherwise
 
 
@@ -108,8 +109,10 @@ class Mix:
         if not weights or min(weights) <= 0:
             raise ValueError("weights must be positive")
         self.shares = [
-            Fraction(weights[i] / sum(weights[i:])).limit_denominator(1 << 15) for i in range(len(weights) - 1)
+            Fraction(weights[i] / sum(weights[i:])).limit_denominator(FINEST_SHARE) for i in range(len(weights) - 1)
         ]
+        if not all(0 < share < 1 for share in self.shares):
+            raise ValueError(f"a weight is less than about 1/{FINEST_SHARE} of the rest, too little to ever be read")
 
     def _count(self, share: Fraction, positions: Any) -> Any:
         return (positions * share.numerator + share.denominator // 2) // share.denominator

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ class TextTokenizer:
     separator: int  # between documents: the end token
     begin: int | None  # opens a sequence of a masked language model
     mask: int | None
-    digest: str  # of the vocabulary and of what the tokenizer does with a probe
+    digest: str  # of the vocabulary, the merges, the special tokens and what the tokenizer does with a probe
 
     def encode(self, texts: list[str]) -> list[list[int]]:
         """Ids of each text, in parallel; special tokens that stand in the text are text."""
@@ -99,15 +100,23 @@ def describe(tokenizer: Any, objective: str, place: str) -> TextTokenizer:
     backend = tokenizer.backend_tokenizer
     backend.encode_special_tokens = True
     probe = backend.encode(PROBE, add_special_tokens=False).ids
+    merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in _model(backend).get("merges") or []]
+    begin = first("bos", "cls") if objective == "mlm" else None
+    special = sorted(set(tokenizer.all_special_ids))
+    roles = {"separator": separator, "begin": begin, "mask": tokenizer.mask_token_id, "special": special}
     return TextTokenizer(
         hugging_face=tokenizer,
         size=len(tokenizer),
-        special=sorted(set(tokenizer.all_special_ids)),
+        special=special,
         separator=separator,
-        begin=first("bos", "cls") if objective == "mlm" else None,
+        begin=begin,
         mask=tokenizer.mask_token_id if objective == "mlm" else None,
-        digest=digest([sorted(tokenizer.get_vocab().items()), probe, separator, tokenizer.mask_token_id]),
+        digest=digest([sorted(tokenizer.get_vocab().items()), merges, roles, probe]),
     )
+
+
+def _model(backend: Any) -> dict[str, Any]:
+    return dict(json.loads(backend.to_str())["model"])
 
 
 def expected(vocabulary_size: int, objective: str) -> TextTokenizer:

@@ -82,7 +82,8 @@ def distortion(logp_nK: np.ndarray, planes: Planes) -> np.ndarray:
     kept = np.arange(logp_nK.shape[1]) < planes.count_n[:, None]
     one = np.where(kept, logp_nK, -np.inf).astype(np.float64)
     two = np.where(kept, -QUANTUM * planes.steps_nK.astype(np.float64), -np.inf)
-    one, two = (rows - np.logaddexp.reduce(rows, axis=1, keepdims=True) for rows in (one, two))
+    some = planes.count_n[:, None] > 0  # a row without entries has no normaliser
+    one, two = (rows - np.where(some, np.logaddexp.reduce(rows, axis=1, keepdims=True), 0) for rows in (one, two))
     return np.sum(np.where(kept, np.exp(one) * (np.where(kept, one, 0) - np.where(kept, two, 0)), 0), axis=1)
 
 

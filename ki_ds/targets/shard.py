@@ -34,6 +34,8 @@ FOOTER = struct.Struct("<QQQ8s")
 INDEX = np.dtype([("offset", "<u8"), ("compressed", "<u4"), ("raw", "<u4"), ("rows", "<u4"), ("zero", "<u4"),
                   ("checksum", "<u8"), ("digest", "<u8")])  # fmt: skip
 LARGEST_HEADER = 1 << 20
+LARGEST_RATIO = 1 << 15  # of zstd: a block of one repeated byte takes 4 bytes for 128 KiB
+NUMBERS = ("start", "end", "k", "vocabulary", "sequence_length")  # what a header must give to read the frames
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,7 @@ class Shard:
         text = self._bytes(PREFIX.size, length)
         if xxhash.xxh3_64_intdigest(text) != checksum:
             raise self._bad("the header's checksum does not match")
-        self.header: dict[str, Any] = json.loads(text)
+        self.header = self._header(text)
         index_at, frames, index_checksum, end_magic = FOOTER.unpack(self._bytes(size - FOOTER.size, FOOTER.size))
         if end_magic != MAGIC or index_at + frames * INDEX.itemsize + FOOTER.size != size:
             raise self._bad("is cut short or damaged (the footer does not fit)")
@@ -106,9 +108,24 @@ class Shard:
         if xxhash.xxh3_64_intdigest(table) != index_checksum:
             raise self._bad("the index's checksum does not match")
         self.index = np.frombuffer(table, INDEX)
+        sizes = self.index["compressed"].astype(np.uint64)
+        begin = PREFIX.size + length
+        fits = (self.index["offset"] == begin + np.cumsum(sizes) - sizes).all() and begin + int(sizes.sum()) == index_at
+        if not fits:
+            raise self._bad("the frames do not lie one behind the other from the header to the index")
         if frames != self.header["end"] - self.header["start"]:
             raise self._bad(f"has {frames} frames for positions {self.header['start']} to {self.header['end']}")
-        self.frames_end = index_at
+
+    def _header(self, text: bytes) -> dict[str, Any]:
+        try:
+            header = json.loads(text)
+        except (ValueError, RecursionError):
+            raise self._bad("the header is not JSON") from None
+        numbers = [header.get(name) for name in NUMBERS] if isinstance(header, dict) else []
+        whole = bool(numbers) and all(type(number) is int for number in numbers)
+        if not whole or min(numbers) < 0 or numbers[0] > numbers[1]:
+            raise self._bad(f"the header must give whole numbers {', '.join(NUMBERS)}, found {str(header)[:200]}")
+        return header
 
     def _bytes(self, start: int, length: int) -> bytes:
         return self.data[start : start + length].tobytes()
@@ -131,15 +148,21 @@ class Shard:
         offset, compressed, raw, rows = (int(entry[name]) for name in ("offset", "compressed", "raw", "rows"))
         k, vocabulary = self.header["k"], self.header["vocabulary"]
         fits = rows <= self.header["sequence_length"] and raw == codec.frame_bytes(rows, k, vocabulary)
-        if not fits or offset + compressed > self.frames_end:
-            raise self._bad(f"position {position}: the index entry does not fit the file")
+        if not fits or raw > compressed * LARGEST_RATIO:
+            raise self._bad(f"position {position}: the index entry does not fit the header or the file")
+        packed = self._bytes(offset, compressed)
         try:
-            data = zstandard.ZstdDecompressor().decompress(self._bytes(offset, compressed), max_output_size=raw)
+            if zstandard.frame_content_size(packed) != raw:  # it is allocated before anything is decompressed
+                raise self._bad(f"position {position}: the frame has another size than the index says")
+            data = zstandard.ZstdDecompressor().decompress(packed)
         except zstandard.ZstdError as error:
             raise self._bad(f"position {position}: cannot be decompressed ({error})") from None
         if len(data) != raw or xxhash.xxh3_64_intdigest(data) != int(entry["checksum"]):
             raise self._bad(f"position {position}: the frame's checksum does not match")
-        return Frame(int(entry["digest"]), codec.decode(data, rows, k, vocabulary))
+        try:
+            return Frame(int(entry["digest"]), codec.decode(data, rows, k, vocabulary))
+        except ValueError as error:
+            raise self._bad(f"position {position}: {error}") from None
 
 
 class ShardFolder:

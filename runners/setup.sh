@@ -1,0 +1,31 @@
+# Sourced by demo.sh and test.sh: makes .venv with the package and the given extras, pinned by constraints.txt.
+# Installs again only when setup.cfg, constraints.txt or the extras have changed.  PYTHON=… chooses the interpreter.
+
+ki_ds_setup() { # ki_ds_setup EXTRAS
+    local extras=$1 root python candidate stamp want
+    root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+    if [ ! -x "$root/.venv/bin/python" ]; then
+        for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
+            if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+                python=$candidate
+                break
+            fi
+        done
+        if [ -z "${python:-}" ]; then
+            echo "error: Python 3.10, 3.11 or 3.12 with venv is needed (Debian: apt-get install python3-venv)," \
+                "or name one: PYTHON=/path/to/python3.11 $0" >&2
+            return 2
+        fi
+        "$python" -m venv "$root/.venv" || return 1
+    fi
+    stamp=$root/.venv/ki_ds-$extras.stamp
+    want=$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" | cksum)
+    if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
+        echo "installing ki_ds[$extras] into .venv …"
+        "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --constraint "$root/constraints.txt" --editable "$root[$extras]" || return 1
+        echo "$want" >"$stamp"
+    fi
+    # shellcheck disable=SC1091
+    . "$root/.venv/bin/activate"
+}

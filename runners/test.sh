@@ -1,0 +1,10 @@
+#!/usr/bin/env bash
+# Installs into .venv and runs the whole test suite. Arguments go to pytest.
+set -euo pipefail
+. "$(dirname "$0")/setup.sh"
+ki_ds_setup test
+cd "$(dirname "$0")/.."
+ruff check .
+ruff format --check .
+mypy ki_ds
+exec pytest "$@"

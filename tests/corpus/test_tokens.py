@@ -1,0 +1,420 @@
+"""Tokenizer and tokens: text is kept to the byte, framed as the docs say, split without leaks, in bounded memory."""
+
+import errno
+import io
+import json
+import os
+import shutil
+import tracemalloc
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.corpus import tokens as module
+from ki_ds.corpus.tokens import build, held_out, open_tokens
+from ki_ds.errors import UserError
+from ki_ds.experiment import Corpus, JsonLinesSource
+from ki_ds.sealed import Identity, seal
+
+OBJECTIVES = ("mlm", "clm")
+SPECIAL = [*tokenizers.MLM_SPECIAL.values(), *tokenizers.CLM_SPECIAL.values()]
+WORDS = "the quick brown fox jumps over a lazy dog while naïve café owners watch 東京 at 12:30".split()
+calm = settings(deadline=None, max_examples=100)
+
+
+def texts(count, seed=0, words=40):
+    random = np.random.default_rng(seed)
+    return [" ".join(random.choice(WORDS, random.integers(1, words))) + f" {n}." for n in range(count)]
+
+
+TRAINED = {objective: tokenizers.train(texts(200), 330, objective) for objective in OBJECTIVES}
+KNOWN = {objective: tokenizers.describe(TRAINED[objective], objective, "tokenizer") for objective in OBJECTIVES}
+
+
+def decoded(tokenizer, ids):
+    return tokenizer.hugging_face.decode(ids, clean_up_tokenization_spaces=False)
+
+
+# ----------------------------------------------------------------------------------------------------- tokenizer
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@calm
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=60))
+@example("  two  spaces , before . punctuation ! and n't 's\t\n\r\n end ")
+@example("\x00\x7f\u200b\ufeff\U0001f9ea e\u0301")
+@example("<s></s><mask><pad><unk> <|endoftext|>")
+def test_any_text_comes_back_to_the_byte(objective, text):
+    (ids,) = KNOWN[objective].encode([text])
+    assert decoded(KNOWN[objective], ids) == text
+    assert not set(ids) & set(KNOWN[objective].special)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_special_tokens_that_stand_in_a_document_are_text(objective):
+    """Also where the tokenizer was trained on text that is full of them."""
+    full = tokenizers.train([f"{token} {token}{token} x{token}y" for token in SPECIAL * 50], 400, objective)
+    for known in (KNOWN[objective], tokenizers.describe(full, objective, "tokenizer")):
+        for text in [*SPECIAL, "a<mask>b", "<s> and </s>", "".join(SPECIAL)]:
+            (ids,) = known.encode([text])
+            assert not set(ids) & set(known.special) and decoded(known, ids) == text
+
+
+def test_encoding_a_batch_is_encoding_each():
+    known = KNOWN["mlm"]
+    batch = ["", *texts(20), "東京"]
+    assert known.encode(batch) == [known.encode([text])[0] for text in batch]
+    assert known.encode([]) == [] and known.encode([""]) == [[]]
+
+
+def test_what_is_known_of_a_trained_tokenizer():
+    one = KNOWN["mlm"]
+    assert (one.begin, one.separator, one.mask, one.special, one.size) == (0, 2, 4, [0, 1, 2, 3, 4], 330)
+    assert one.hugging_face.pad_token_id == 1
+    two = KNOWN["clm"]
+    assert (two.begin, two.separator, two.mask, two.special, two.size) == (None, 0, None, [0], 330)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_what_is_expected_of_an_untrained_tokenizer_comes_true(objective):
+    expected, known = tokenizers.expected(330, objective), KNOWN[objective]
+    for key in ("size", "special", "separator", "begin", "mask"):
+        assert getattr(expected, key) == getattr(known, key)
+    assert expected.hugging_face.pad_token_id == known.hugging_face.pad_token_id
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_digest_is_the_same_trained_again_and_saved_and_loaded(objective, tmp_path):
+    known = KNOWN[objective]
+    again = tokenizers.describe(tokenizers.train(texts(200), 330, objective), objective, "tokenizer")
+    assert again.digest == known.digest
+    known.encode(["use must not change it"])
+    known.hugging_face.save_pretrained(tmp_path)
+    loaded = tokenizers.load(tmp_path, objective, "tokenizer")
+    assert replace(loaded, hugging_face=None) == replace(known, hugging_face=None)
+    for text in texts(20, seed=5) + SPECIAL:
+        assert loaded.encode([text]) == known.encode([text])
+
+
+def altered(change):
+    """The trained tokenizer with its JSON changed."""
+    data = json.loads(TRAINED["mlm"].backend_tokenizer.to_str())
+    roles = {**tokenizers.MLM_SPECIAL, "cls_token": "<s>", "sep_token": "</s>"}
+    change(data, roles)
+    backend = Tokenizer.from_str(json.dumps(data))
+    return tokenizers.describe(PreTrainedTokenizerFast(tokenizer_object=backend, **roles), "mlm", "tokenizer")
+
+
+def swap_last_merges(data, _):
+    data["model"]["merges"][-2:] = data["model"]["merges"][:-3:-1]
+
+
+def swap_two_words(data, _):
+    vocabulary = data["model"]["vocab"]
+    one, two = list(vocabulary)[-2:]
+    vocabulary[one], vocabulary[two] = vocabulary[two], vocabulary[one]
+
+
+def drop_begin(_, roles):
+    del roles["bos_token"], roles["cls_token"]
+
+
+def drop_pad(_, roles):
+    del roles["pad_token"]
+
+
+def lower_case(data, _):
+    data["normalizer"] = {"type": "Lowercase"}
+
+
+@pytest.mark.parametrize("change", [swap_last_merges, swap_two_words, drop_begin, drop_pad, lower_case])
+def test_digest_of_another_tokenizer_is_another(change):
+    """Whatever moves ids, frames or what may be masked."""
+    assert altered(change).digest != KNOWN["mlm"].digest
+
+
+def test_digest_of_an_unaltered_copy_is_the_same():
+    assert altered(lambda *_: None).digest == KNOWN["mlm"].digest
+
+
+def bare(**special):
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "[CLS]": 2, "[MASK]": 3, "a": 4}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="[UNK]", **special)
+
+
+def test_tokenizer_without_mask_token_is_refused_for_mlm_only():
+    with pytest.raises(UserError, match=r'^here: the tokenizer has no mask token, which the objective "mlm" needs'):
+        tokenizers.describe(bare(sep_token="[SEP]"), "mlm", "here")
+    assert tokenizers.describe(bare(sep_token="[SEP]"), "clm", "here").mask is None
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+def test_tokenizer_without_end_token_is_refused(objective):
+    with pytest.raises(UserError, match="^here: the tokenizer has no end or separator token"):
+        tokenizers.describe(bare(mask_token="[MASK]"), objective, "here")
+
+
+def test_separator_of_a_bert_tokenizer():
+    bert = bare(sep_token="[SEP]", cls_token="[CLS]", mask_token="[MASK]")
+    one = tokenizers.describe(bert, "mlm", "here")
+    assert (one.begin, one.separator, one.mask, one.special) == (2, 1, 3, [0, 1, 2, 3])
+
+
+def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match=f"^tokenizer.pretrained: no tokenizer can be loaded from {tmp_path}: "):
+        tokenizers.load(tmp_path, "mlm", "tokenizer.pretrained")
+
+
+# --------------------------------------------------------------------------------------------------------- build
+
+
+@pytest.fixture
+def corpus(tmp_path):
+    """Documents to a folder, the facts and the corpus."""
+    made = []
+
+    def make(documents, objective="mlm", length=16, validation=0.2, tokenizer=None):
+        folder = tmp_path / f"corpus-{len(made)}"
+        folder.mkdir()
+        made.append(folder)
+        lines = "".join(json.dumps({"text": text}) + "\n" for text in documents)
+        (tmp_path / "documents.jsonl").write_text(lines, encoding="utf-8")
+        given = Corpus(sources=[JsonLinesSource(jsonl="documents.jsonl")], validation=validation)
+        facts = build(folder, "wb", given, [tmp_path], tokenizer or KNOWN[objective], objective, length)
+        return folder, facts
+
+    return make
+
+
+def naive(documents, objective, length, validation, tokenizer):
+    """The same in memory: one flow of ids with a separator behind each document, cut and framed."""
+    parts = {}
+    for part in ("train", "validation"):
+        flow = []
+        for text in documents:
+            if held_out(text, validation) == (part == "validation"):
+                flow += [*tokenizer.encode([text])[0], tokenizer.separator]
+        width = length if objective == "clm" else length - 2
+        cut = [flow[i : i + width] for i in range(0, len(flow) - width + 1, width)]
+        parts[part] = cut if objective == "clm" else [[tokenizer.begin, *row, tokenizer.separator] for row in cut]
+    return parts
+
+
+def sealed(folder, facts):
+    seal(folder, Identity("corpus", {}, {}), facts)
+    return open_tokens(folder)
+
+
+@pytest.mark.parametrize("objective", OBJECTIVES)
+@pytest.mark.parametrize("length", [8, 33])
+def test_tokens_are_those_of_a_naive_construction(corpus, objective, length):
+    documents = texts(300, seed=1)
+    folder, facts = corpus(documents, objective, length)
+    tokens = sealed(folder, facts)
+    expected = naive(documents, objective, length, 0.2, KNOWN[objective])
+    assert tokens.train.tolist() == expected["train"] and tokens.validation.tolist() == expected["validation"]
+    assert tokens.train.dtype == np.uint16 and facts["dtype"] == "<u2" and facts["vocabulary"] == 330
+    assert facts["sequences"] == {part: len(rows) for part, rows in expected.items()}
+    assert facts["documents"] == 300 and facts["characters"] == sum(map(len, documents))
+    assert tokens.digest == facts["content"] and facts["tokenizer"] == KNOWN[objective].digest
+    assert not tokens.train.flags.writeable
+
+
+def test_masked_sequence_without_begin_token(corpus):
+    tokenizer = replace(KNOWN["mlm"], begin=None)
+    folder, facts = corpus(texts(100), tokenizer=tokenizer)
+    tokens = sealed(folder, facts)
+    assert (tokens.train[:, -1] == 2).all() and not (tokens.train[:, 0] == 0).any()
+    flow = tokens.train[:, :-1].reshape(-1).tolist()
+    whole = [i for text in texts(100) if not held_out(text, 0.2) for i in [*tokenizer.encode([text])[0], 2]]
+    assert flow == whole[: len(flow)] and len(whole) - len(flow) < 15
+
+
+@pytest.mark.parametrize(("size", "dtype"), [(65_536, "<u2"), (65_537, "<u4")])
+def test_ids_that_need_more_than_two_bytes_get_four(corpus, size, dtype):
+    one = replace(KNOWN["clm"], size=size)
+    documents = texts(100)
+    folder, facts = corpus(documents, "clm", tokenizer=one)
+    assert facts["dtype"] == dtype
+    assert sealed(folder, facts).train.tolist() == naive(documents, "clm", 16, 0.2, one)["train"]
+
+
+def test_large_ids_survive(tmp_path, corpus):
+    class Shifted(tokenizers.TextTokenizer):
+        def encode(self, texts):
+            return [[i + 100_000 for i in ids] for ids in super().encode(texts)]
+
+    fields = {key: getattr(KNOWN["clm"], key) for key in KNOWN["clm"].__dataclass_fields__}
+    folder, facts = corpus(texts(100), "clm", tokenizer=Shifted(**{**fields, "size": 200_000}))
+    tokens = sealed(folder, facts)
+    assert tokens.train[tokens.train != 0].min() >= 100_000 and facts["dtype"] == "<u4"
+
+
+def test_digest_of_the_content_does_not_depend_on_batches(corpus, monkeypatch):
+    documents = texts(400, seed=2)
+    found = []
+    for characters in (1, 100, 1 << 20):
+        monkeypatch.setattr(module, "BATCH_CHARACTERS", characters)
+        folder, facts = corpus(documents)
+        found.append((facts, {path.name: path.read_bytes() for path in folder.iterdir()}))
+    assert found[0] == found[1] == found[2]
+
+
+def test_digest_of_the_content_changes_with_what_shapes_it(corpus):
+    documents = texts(300)
+    found = [
+        corpus(documents)[1],
+        corpus([*documents, "one more document, long enough to fill another sequence or two: " + "x y z " * 40])[1],
+        corpus(documents[::-1])[1],
+        corpus(documents, length=17)[1],
+        corpus(documents, validation=0.5)[1],
+        corpus(documents, "clm")[1],
+        corpus(documents, tokenizer=replace(KNOWN["mlm"], digest="another"))[1],
+        corpus(documents, tokenizer=replace(KNOWN["mlm"], size=65_537))[1],
+    ]
+    assert len({facts["content"] for facts in found}) == len(found)
+
+
+def test_building_again_over_a_half_written_folder(corpus, tmp_path):
+    folder, facts = corpus(texts(100))
+    before = (folder / "train.bin").read_bytes()
+    (folder / "train.bin").write_bytes(before[:7])
+    given = Corpus(sources=[JsonLinesSource(jsonl="documents.jsonl")], validation=0.2)
+    assert build(folder, "wb", given, [tmp_path], KNOWN["mlm"], "mlm", 16) == facts
+    assert (folder / "train.bin").read_bytes() == before
+
+
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def test_the_same_document_is_always_on_the_same_side(corpus):
+    documents = [text for text in texts(150, seed=3) for _ in range(2)] * 2
+    folder, facts = corpus(documents, "clm")
+    tokens = sealed(folder, facts)
+
+    def whole_documents(part):
+        flow, found = part.reshape(-1).tolist(), set()
+        while 0 in flow:
+            end = flow.index(0)
+            found.add(tuple(flow[:end]))
+            flow = flow[end + 1 :]
+        return found
+
+    train, validation = whole_documents(tokens.train), whole_documents(tokens.validation)
+    assert len(train) > 90 and len(validation) > 15 and not train & validation
+
+
+@pytest.mark.parametrize("share", [0.005, 0.2, 0.9])
+def test_share_of_the_validation_part(share):
+    count = 50_000
+    held = sum(held_out(f"document {n}", share) for n in range(count))
+    assert abs(held - share * count) < 6 * np.sqrt(count * share * (1 - share))
+
+
+@calm
+@given(st.text(st.characters(exclude_categories=["Cs"]), max_size=20), st.floats(0.001, 0.999), st.floats(0.001, 0.999))
+def test_a_larger_validation_part_holds_the_smaller_one(text, one, two):
+    assert held_out(text, min(one, two)) <= held_out(text, max(one, two))
+
+
+# -------------------------------------------------------------------------------------------------------- errors
+
+
+def test_an_empty_corpus(corpus):
+    with pytest.raises(UserError) as raised:
+        corpus([])
+    assert str(raised.value) == (
+        "corpora.wb: 0 documents, 0 characters, give no train sequence of 16 tokens. "
+        "Expected more text or a smaller sequence_length."
+    )
+
+
+def test_a_corpus_without_validation_names_the_share(corpus):
+    with pytest.raises(UserError) as raised:
+        corpus(texts(50), validation=1e-9)
+    assert "give no validation sequence of 16 tokens" in str(raised.value)
+    assert "or a larger corpora.wb.validation (now 1e-09) or a smaller sequence_length" in str(raised.value)
+
+
+def test_a_corpus_too_short_for_the_sequence_length(corpus):
+    with pytest.raises(UserError, match=r"^corpora.wb: 3 documents, \d+ characters, give no train sequence of 4096 "):
+        corpus(texts(3), length=4096)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_full_disk_is_named_with_the_folder(tmp_path):
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(100)))
+    folder = tmp_path / "wb"
+    folder.mkdir()
+    (folder / "train.bin").symlink_to("/dev/full")
+    given = Corpus(sources=[JsonLinesSource(jsonl="documents.jsonl")])
+    with pytest.raises(UserError) as raised:
+        build(folder, "wb", given, [tmp_path], KNOWN["mlm"], "mlm", 16)
+    assert str(raised.value).startswith(f"{folder}: cannot be written: {os.strerror(errno.ENOSPC)}. Free some space")
+
+
+def test_a_folder_that_is_gone(tmp_path):
+    (tmp_path / "documents.jsonl").write_text('{"text": "x"}\n')
+    given = Corpus(sources=[JsonLinesSource(jsonl="documents.jsonl")])
+    with pytest.raises(UserError, match=f"^{tmp_path / 'none'}: cannot be written: "):
+        build(tmp_path / "none", "wb", given, [tmp_path], KNOWN["mlm"], "mlm", 16)
+
+
+@pytest.mark.parametrize("part", ["train.bin", "validation.bin"])
+def test_opening_a_cut_or_lost_file(corpus, part):
+    folder, facts = corpus(texts(100))
+    sealed(folder, facts)
+    size = (folder / part).stat().st_size
+    os.truncate(folder / part, size - 32)
+    with pytest.raises(UserError, match=f"has {size - 32} bytes, but the manifest says {size}"):
+        open_tokens(folder)
+    (folder / part).unlink()
+    with pytest.raises(UserError, match=f"{part}: is missing"):
+        open_tokens(folder)
+    shutil.rmtree(folder)
+    with pytest.raises(UserError, match="is not there"):
+        open_tokens(folder)
+
+
+# -------------------------------------------------------------------------------------------------------- memory
+
+
+def test_memory_is_bounded_by_a_batch_and_not_by_the_corpus(tmp_path, monkeypatch):
+    """Fifty million characters pass through in a few megabytes; a stand-in encoder keeps this a test of the flow."""
+
+    class Bytes(tokenizers.TextTokenizer):
+        def encode(self, texts):
+            return [list(text.encode()[::16]) for text in texts]
+
+    fields = {key: getattr(KNOWN["clm"], key) for key in KNOWN["clm"].__dataclass_fields__}
+    line = "z" * 4000
+
+    def many(*_):
+        for n in range(12_500):
+            yield f"{n} {line}"
+
+    monkeypatch.setattr(module, "documents", many)
+    given = Corpus(sources=[JsonLinesSource(jsonl="none")], validation=0.1)
+    tracemalloc.start()
+    try:
+        facts = build(tmp_path, "wb", given, [tmp_path], Bytes(**fields), "clm", 512)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert facts["sequences"]["train"] + facts["sequences"]["validation"] > 6000
+    assert peak < 6 << 20
+
+
+def test_progress_of_a_long_corpus_is_said(corpus, capsys, monkeypatch):
+    monkeypatch.setattr("sys.stdout", out := io.StringIO())
+    corpus(texts(60))
+    assert "corpus wb: 60 documents" in out.getvalue()

@@ -1,0 +1,84 @@
+"""Runs the command line as a user does: real processes, real files."""
+
+import contextlib
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+def command(*arguments):
+    return [sys.executable, "-m", "ki_ds.cli", *map(str, arguments)]
+
+
+def environment():
+    """This process's environment without what makes it a rank."""
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHER and key != "OMP_NUM_THREADS"}
+
+
+def ki_ds(*arguments, code=0, cwd=None):
+    """Run ki-ds; its output. Fails the test on another exit code."""
+    done = subprocess.run(
+        command(*arguments), env=environment(), cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}"
+    return done.stdout
+
+
+def killed(*arguments, when, timeout_s=120):
+    """Start ki-ds, and SIGKILL it with everything it started as soon as `when()` holds."""
+    process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    limit = time.monotonic() + timeout_s
+    try:
+        while not when():
+            assert process.poll() is None, f"ended before it could be killed:\n{process.stdout.read().decode()}"
+            assert time.monotonic() < limit, "never came to the point where it was to be killed"
+            time.sleep(0.005)
+    finally:
+        for one in [process.pid, *descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(one, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+
+
+def descendants(pid):
+    """Process ids of all descendants, from /proc."""
+    children = {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdecimal():
+            try:
+                parent = int((entry / "stat").read_text().rpartition(")")[2].split()[1])
+            except (OSError, ValueError):
+                continue
+            children.setdefault(parent, []).append(int(entry.name))
+    found, pending = [], [pid]
+    while pending:
+        for child in children.get(pending.pop(), []):
+            found.append(child)
+            pending.append(child)
+    return found
+
+
+def folder_digest(folder):
+    """Of all names and bytes of a folder."""
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            whole.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes())
+    return whole.hexdigest()
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def write(path, experiment):
+    path.write_text(json.dumps(experiment))
+    return path

@@ -1,0 +1,397 @@
+"""Sealed folders: what a crash, a lost file, a full disk or another experiment does to them, and what is said then."""
+
+import errno
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ki_ds import sealed
+from ki_ds.errors import UserError
+from ki_ds.sealed import (
+    MANIFEST,
+    SCHEMA,
+    UNSEALED,
+    Identity,
+    differences,
+    digest,
+    file_digest,
+    open_sealed,
+    prepare,
+    reopen,
+    seal,
+    state,
+    versions,
+    write_atomically,
+)
+
+ONE = Identity("corpus", {"seed": 1, "corpus": {"validation": 0.005}}, {"tokenizer": "aaaa"})
+TWO = Identity("corpus", {"seed": 2, "corpus": {"validation": 0.005}}, {"tokenizer": "bbbb"})
+
+needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+
+
+@pytest.fixture
+def folder(tmp_path):
+    return tmp_path / "work" / "corpora" / "wb"
+
+
+def filled(folder, identity=ONE, facts=None):
+    assert prepare(folder, identity) is None
+    (folder / "train.bin").write_bytes(b"12345")
+    (folder / "model").mkdir()
+    (folder / "model" / "config.json").write_bytes(b"{}")
+    return seal(folder, identity, facts or {"count": 3})
+
+
+def refusal(act, *arguments):
+    with pytest.raises(UserError) as raised:
+        act(*arguments)
+    return str(raised.value)
+
+
+def contents(folder):
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+# ------------------------------------------------------------------------------------------------- the life of one
+
+
+def test_absent_then_unsealed_then_sealed(folder):
+    assert state(folder, ONE) == "absent"
+    assert prepare(folder, ONE) is None
+    assert state(folder) == state(folder, ONE) == "unsealed"
+    manifest = seal(folder, ONE, {"count": 3})
+    assert state(folder) == state(folder, ONE) == "sealed"
+    assert manifest.facts == {"count": 3} and manifest.fingerprint == ONE.fingerprint and manifest.path == folder
+    assert open_sealed(folder) == prepare(folder, ONE) == manifest
+    assert not (folder / UNSEALED).exists()
+
+
+def test_an_unsealed_folder_is_continued_with_its_files(folder):
+    prepare(folder, ONE)
+    (folder / "part").write_bytes(b"done")
+    assert prepare(folder, ONE) is None and (folder / "part").read_bytes() == b"done"
+
+
+def test_asking_again_for_a_sealed_folder_changes_nothing(folder):
+    filled(folder)
+    before = contents(folder)
+    prepare(folder, ONE)
+    assert contents(folder) == before
+
+
+def test_manifest_lists_every_file_with_its_size(folder):
+    record = json.loads((filled(folder).path / MANIFEST).read_text())
+    assert record["files"] == {"model/config.json": 2, "train.bin": 5}
+    assert record["schema"] == SCHEMA and record["config"] == ONE.config and record["inputs"] == ONE.inputs
+    assert {"ki_ds", "torch", "numpy"} <= versions().keys() == record["versions"].keys()
+
+
+def test_a_file_deeper_down_that_is_called_manifest_is_a_file_like_others(folder):
+    prepare(folder, ONE)
+    (folder / "model").mkdir()
+    (folder / "model" / MANIFEST).write_text("{}")
+    assert seal(folder, ONE, {}).record["files"] == {f"model/{MANIFEST}": 2}
+    (folder / "model" / MANIFEST).unlink()
+    assert "is missing" in refusal(open_sealed, folder)
+
+
+def test_later_stages_depend_on_the_content_where_it_was_measured(folder, tmp_path):
+    assert filled(folder).digest == ONE.fingerprint
+    assert filled(tmp_path / "other", facts={"content": "cafe"}).digest == "cafe"
+
+
+def test_the_same_content_gives_the_same_bytes(tmp_path):
+    filled(tmp_path / "a")
+    filled(tmp_path / "b")
+    assert contents(tmp_path / "a") == contents(tmp_path / "b")
+    assert str(tmp_path) not in (tmp_path / "a" / MANIFEST).read_text()
+
+
+def test_reopened_folder_is_unsealed_before_anything_changes_and_keeps_its_files(folder):
+    filled(folder)
+    reopen(folder, ONE)
+    assert state(folder, ONE) == "unsealed" and (folder / "train.bin").exists() and not (folder / MANIFEST).exists()
+    assert "was begun but not finished" in refusal(open_sealed, folder)
+    (folder / "more.bin").write_bytes(b"12")
+    assert prepare(folder, ONE) is None
+    assert seal(folder, ONE, {}).record["files"]["more.bin"] == 2
+
+
+def test_reopening_what_is_not_sealed_does_nothing(folder):
+    prepare(folder, ONE)
+    before = contents(folder)
+    reopen(folder, ONE)
+    assert contents(folder) == before
+
+
+def test_killed_while_reopening_or_sealing_leaves_a_sealed_folder(folder):
+    """Both markers stand side by side for a moment; nothing else has changed by then."""
+    manifest = filled(folder)
+    (folder / UNSEALED).write_text(json.dumps(ONE.record))
+    assert state(folder, ONE) == "sealed" and prepare(folder, ONE) == manifest
+
+
+def test_temporary_files_of_a_crash_are_gone_after_sealing(folder):
+    prepare(folder, ONE)
+    (folder / "deep").mkdir()
+    for name in ("train.bin.123.tmp", "deep/shard.9.tmp"):
+        (folder / name).write_bytes(b"half")
+    (folder / "folder.tmp").mkdir()
+    (folder / "folder.tmp" / "kept").write_bytes(b"1")
+    assert seal(folder, ONE, {}).record["files"] == {"folder.tmp/kept": 1}
+    assert not list(folder.rglob("*.[0-9]*.tmp"))
+
+
+def test_killed_in_the_very_first_write_is_continued(folder):
+    folder.mkdir(parents=True)
+    (folder / f"{UNSEALED}.4711.tmp").write_bytes(b'{"stage": "cor')
+    assert prepare(folder, ONE) is None and state(folder, ONE) == "unsealed"
+    seal(folder, ONE, {})
+    assert list(contents(folder)) == [MANIFEST]
+
+
+# --------------------------------------------------------------------------------------------- another identity
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_another_identity_is_refused_with_the_keys_that_differ(folder, finished):
+    filled(folder) if finished else prepare(folder, ONE)
+    before = contents(folder)
+    text = refusal(prepare, folder, TWO)
+    assert text.startswith(f"{folder}: made from another experiment, corpus or configuration; ")
+    assert 'config.seed: found 1, expected 2; inputs.tokenizer: found "aaaa", expected "bbbb". ' in text
+    assert "validation" not in text and f"remove {folder} to make it again" in text
+    assert state(folder, TWO) == "other" and contents(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "line"),
+    [
+        ({"seed": 1}, 'config.corpus: found {"validation": 0.005}, expected nothing'),
+        ({**ONE.config, "new": None}, "config.new: found nothing, expected null"),
+        ({"seed": 1, "corpus": {"validation": 0.005, "x": {}}}, "config.corpus.x: found nothing, expected {}"),
+        ({**ONE.config, "seed": 1.0}, "config.seed: found 1, expected 1.0"),
+        ({**ONE.config, "seed": True}, "config.seed: found 1, expected true"),
+        ({**ONE.config, "seed": [1, 2]}, "config.seed: found 1, expected [1, 2]"),
+    ],
+)
+def test_no_difference_goes_unnamed(folder, config, line):
+    prepare(folder, ONE)
+    assert f"; {line}. Choose" in refusal(prepare, folder, Identity("corpus", config, ONE.inputs))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-2, 2) | st.floats(-2, 2) | st.sampled_from(["", "a"]),
+    lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.sampled_from("abc"), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(st.dictionaries(st.sampled_from("abc"), json_values), st.dictionaries(st.sampled_from("abc"), json_values))
+def test_differences_are_empty_exactly_where_the_digests_agree(found, expected):
+    assert (differences(found, expected) == []) == (digest(found) == digest(expected))
+    assert len(differences(found, expected)) <= 5
+
+
+def test_another_stage_is_another_identity(folder):
+    prepare(folder, ONE)
+    assert 'stage: found "corpus", expected "train"' in refusal(
+        prepare, folder, Identity("train", ONE.config, ONE.inputs)
+    )
+
+
+def test_order_of_keys_is_no_difference(folder):
+    prepare(folder, ONE)
+    assert prepare(folder, Identity("corpus", dict(reversed(ONE.config.items())), ONE.inputs)) is None
+
+
+# -------------------------------------------------------------------------------------------------------- damage
+
+
+def test_a_folder_that_is_not_there(folder):
+    assert refusal(open_sealed, folder) == (
+        f"{folder}: is not there. Run `ki-ds run` on the experiment: it makes what is missing."
+    )
+
+
+@pytest.mark.parametrize("name", ["train.bin", "model/config.json"])
+def test_lost_file_is_named(folder, name):
+    size = filled(folder).record["files"][name]
+    (folder / name).unlink()
+    message = f"{folder / name}: is missing, but the manifest says {size}. Remove {folder} and run again."
+    assert refusal(open_sealed, folder) == refusal(prepare, folder, ONE) == message
+
+
+@pytest.mark.parametrize(("data", "found"), [(b"1234", 4), (b"", 0), (b"123456", 6)])
+def test_cut_or_grown_file_is_named(folder, data, found):
+    filled(folder)
+    (folder / "train.bin").write_bytes(data)
+    assert refusal(open_sealed, folder).startswith(
+        f"{folder / 'train.bin'}: has {found} bytes, but the manifest says 5. Remove"
+    )
+
+
+@pytest.mark.parametrize("name", [MANIFEST, UNSEALED])
+@pytest.mark.parametrize("data", [b"", b'{"stage": "corp', b"\xff\xfe", b"\x00" * 100])
+def test_unreadable_manifest(folder, name, data):
+    folder.mkdir(parents=True)
+    (folder / name).write_bytes(data)
+    for act in (state, prepare):
+        text = refusal(act, folder, ONE)
+        assert text.startswith(f"{folder / name}: cannot be read (") and f"Remove the folder {folder}" in text
+
+
+@pytest.mark.parametrize("name", [MANIFEST, UNSEALED])
+@pytest.mark.parametrize("data", [[], {}, "x", {"stage": "corpus", "schema": SCHEMA, "config": {}}])
+def test_json_that_is_no_manifest(folder, name, data):
+    folder.mkdir(parents=True)
+    (folder / name).write_text(json.dumps(data))
+    assert refusal(prepare, folder, ONE).startswith(f"{folder / name}: not a manifest of ki_ds.")
+
+
+@pytest.mark.parametrize("key", ["fingerprint", "facts", "files"])
+def test_manifest_that_lacks_a_key(folder, key):
+    filled(folder)
+    record = json.loads((folder / MANIFEST).read_text())
+    del record[key]
+    (folder / MANIFEST).write_text(json.dumps(record))
+    assert refusal(open_sealed, folder).startswith(f"{folder / MANIFEST}: not a manifest of ki_ds.")
+
+
+@pytest.mark.parametrize("schema", [SCHEMA + 1, 0, "1", None])
+def test_manifest_of_another_schema(folder, schema):
+    filled(folder)
+    record = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**record, "schema": schema}))
+    for act in (open_sealed, lambda path: prepare(path, ONE), lambda path: state(path, ONE)):
+        text = refusal(act, folder)
+        assert text.startswith(f"{folder / MANIFEST}: schema {schema}, but this version of ki_ds reads {SCHEMA}.")
+
+
+def test_a_folder_of_somebody_else_is_left_alone(folder):
+    folder.mkdir(parents=True)
+    (folder / "thesis.tex").write_text("x")
+    text = refusal(prepare, folder, ONE)
+    assert (
+        text
+        == f"{folder}: holds files but no manifest, so it is not ki_ds's. Move it away or choose another --workdir."
+    )
+    assert list(contents(folder)) == ["thesis.tex"]
+
+
+def test_an_empty_folder_is_taken(folder):
+    folder.mkdir(parents=True)
+    assert prepare(folder, ONE) is None
+
+
+def test_a_file_where_the_folder_should_be(folder):
+    folder.parent.mkdir(parents=True)
+    folder.write_text("x")
+    assert refusal(prepare, folder, ONE).startswith(f"{folder}: cannot be made: ")
+    assert refusal(prepare, folder / "deeper", ONE).startswith(f"{folder / 'deeper'}: cannot be made: ")
+
+
+# -------------------------------------------------------------------------------------------------- atomic writes
+
+
+def test_written_file_is_whole_and_alone(tmp_path):
+    path = tmp_path / "a"
+    write_atomically(path, b"one")
+    write_atomically(path, b"two")
+    assert contents(tmp_path) == {"a": b"two"}
+
+
+def test_a_folder_that_does_not_exist(tmp_path):
+    assert refusal(write_atomically, tmp_path / "no" / "a", b"x").startswith(
+        f"{tmp_path / 'no' / 'a'}: cannot be written:"
+    )
+
+
+@pytest.mark.parametrize("function", ["fsync", "replace"])
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO])
+def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, function, number):
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(sealed.os, function, fail)
+    text = refusal(write_atomically, path, b"new")
+    assert text.startswith(f"{path}: cannot be written: {os.strerror(number)}. ")
+    full = number in (errno.ENOSPC, errno.EDQUOT)
+    assert ("Free some space" if full else "Check the folder's permissions") in text
+    assert contents(tmp_path) == {"a": b"old"}
+
+
+@needs_dev_full
+@pytest.mark.parametrize("size", [1, 1 << 20])
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, size):
+    """The temporary file is a link to a device that is always full, so that the kernel itself refuses the bytes."""
+    path = tmp_path / "a"
+    write_atomically(path, b"old")
+    (tmp_path / f"a.{os.getpid()}.tmp").symlink_to("/dev/full")
+    assert "Free some space, or choose another --workdir, and run the same command again" in refusal(
+        write_atomically, path, b"x" * size
+    )
+    assert contents(tmp_path) == {"a": b"old"} and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A real file system of 64 KiB."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(place)]
+    try:
+        if subprocess.run(mount, capture_output=True, check=False).returncode:
+            pytest.skip("mounting a small file system needs root")
+    except FileNotFoundError:
+        pytest.skip("there is no mount command")
+    yield place
+    subprocess.run(["umount", str(place)], check=True)
+
+
+def test_stage_on_a_full_disk_goes_on_once_there_is_space(small_disk):
+    folder = small_disk / "wb"
+    prepare(folder, ONE)
+    (folder / "data").write_bytes(b"x" * 40_000)
+    text = refusal(seal, folder, ONE, {"long": "y" * 40_000})
+    assert text.startswith(f"{folder / MANIFEST}: cannot be written: No space left on device. Free some space")
+    assert state(folder, ONE) == "unsealed" and sorted(contents(folder)) == ["data", UNSEALED]
+    assert seal(folder, ONE, {"short": 1}).facts == {"short": 1}
+
+
+# -------------------------------------------------------------------------------------------------------- digests
+
+
+def test_digest_depends_on_the_value_and_not_on_the_order_of_keys():
+    assert digest({"a": 1, "b": [1, 2]}) == digest({"b": [1, 2], "a": 1})
+    assert len({digest(value) for value in (1, "1", 1.0, [1], {"1": 1}, None, True, "é", [[1]])}) == 9
+
+
+def test_golden_digest():
+    """Folders made before a change of the library are found again after it."""
+    assert digest({"a": [1, 2.5, None, "é"]}) == "d10f86951f0443079a60cb4cfeaf7a5e"
+    assert ONE.fingerprint == "67e3f535100781a5d45af227fd2e6d5f"
+
+
+def test_nan_has_no_digest():
+    with pytest.raises(ValueError, match="JSON"):
+        digest(float("nan"))
+
+
+@pytest.mark.parametrize("size", [0, 1, 1 << 20, (1 << 20) + 1])
+def test_file_digest_is_the_same_in_both_ways(tmp_path, size):
+    path = tmp_path / "f"
+    path.write_bytes(b"ab" * (size // 2) + b"c" * (size % 2))
+    with path.open("rb") as file:
+        assert file_digest(path) == sealed._sha(file)
+    assert re.fullmatch("[0-9a-f]{32}", file_digest(path))
