@@ -30,9 +30,10 @@ GPT_SIZES = ("tiny", "medium", "base", "base-plus")
 ARCHITECTURES = {f"roberta-{size}": ("mlm", *SIZES[size]) for size in SIZES} | {
     f"gpt-{size}": ("clm", *SIZES[size]) for size in GPT_SIZES
 }
-DROPOUTS = (
-    "hidden_dropout_prob", "attention_probs_dropout_prob", "resid_pdrop", "embd_pdrop", "attn_pdrop",
-    "dropout", "attention_dropout", "hidden_dropout", "classifier_dropout", "embedding_dropout",
+# positions begin behind the padding id
+OFFSET_POSITIONS = (
+    "roberta", "xlm-roberta", "camembert", "roberta-prelayernorm", "xlm-roberta-xl", "data2vec-text", "ibert",
+    "longformer", "mpnet", "xmod",
 )  # fmt: skip
 
 
@@ -47,7 +48,7 @@ def configuration(
     from transformers import GPT2Config, RobertaConfig
 
     if isinstance(architecture, dict):
-        return _inline(architecture, tokenizer, length, place)
+        return _inline(architecture, objective, tokenizer, length, place)
     if architecture not in ARCHITECTURES:
         listed = ", ".join(ARCHITECTURES)
         raise UserError(f'{place}: found "{architecture}"; allowed: {listed}{nearest(architecture, ARCHITECTURES)}')
@@ -74,44 +75,79 @@ def _pad(tokenizer: TextTokenizer) -> int:
     return tokenizer.separator if pad is None else pad
 
 
-def _inline(given: dict[str, Any], tokenizer: TextTokenizer, length: int, place: str) -> Any:
+def _inline(given: dict[str, Any], objective: str, tokenizer: TextTokenizer, length: int, place: str) -> Any:
     from transformers import CONFIG_MAPPING
 
-    rest = dict(given)
-    kind = rest.pop("model_type", None)
-    if kind not in CONFIG_MAPPING:
+    kind = given.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(
             f"{place}.model_type: found {kind!r}; expected a model type of transformers such as gpt2, roberta, llama"
             + nearest(str(kind), CONFIG_MAPPING.keys())
         )
-    default = CONFIG_MAPPING[kind]()
-    allowed = set(default.to_dict()) | set(default.attribute_map)
-    for key in rest:
+    try:
+        config = CONFIG_MAPPING[kind](**_filled(given, CONFIG_MAPPING[kind](), tokenizer, length, place))
+        check_objective(config, objective, place)
+        _outline(config, objective)  # sizes that do not go together show only here
+    except UserError:
+        raise
+    except Exception as error:  # whatever the library raises: the input is at fault
+        raise UserError(f"{place}: transformers cannot make such a {kind} model: {reason(error)}") from None
+    known = getattr(config, "max_position_embeddings", None)
+    if isinstance(known, int) and 0 <= known < length:  # negative: without a limit
+        raise UserError(
+            f"{place}.max_position_embeddings: found {known}, but sequence_length is {length}; leave the key out"
+        )
+    return config
+
+
+def _filled(given: dict[str, Any], default: Any, tokenizer: TextTokenizer, length: int, place: str) -> dict[str, Any]:
+    """The given keys and those that the experiment owns: it gives the vocabulary, its length bounds the positions."""
+    kind, allowed = default.model_type, set(default.to_dict()) | set(default.attribute_map)
+    begin, pad = tokenizer.begin, tokenizer.hugging_face.pad_token_id
+    owned = {
+        "vocab_size": tokenizer.size,
+        "bos_token_id": tokenizer.separator if begin is None else begin,
+        "eos_token_id": tokenizer.separator,
+        "pad_token_id": None if pad == tokenizer.separator else pad,  # the embedding of the padding id never learns
+    }
+    positions = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    if kind in OFFSET_POSITIONS:
+        owned |= {"pad_token_id": _pad(tokenizer), "max_position_embeddings": length + _pad(tokenizer) + 1}
+    filled = {key: value for key, value in owned.items() if key in allowed}
+    if positions in allowed and not given.keys() & {positions, "max_position_embeddings"}:
+        filled.setdefault(positions, length)
+    for key, value in given.items():
         if key not in allowed:
             raise UserError(f"{place}.{key}: unknown key of a {kind} configuration{nearest(key, allowed)}")
-    # one owner per number: the experiment gives the vocabulary, and the sequence length bounds the positions
-    owned = {"vocab_size": tokenizer.size, "bos_token_id": tokenizer.begin or tokenizer.separator,
-             "eos_token_id": tokenizer.separator}  # fmt: skip
-    if kind in ("roberta", "xlm-roberta", "camembert"):  # positions begin behind the padding id
-        owned |= {"pad_token_id": _pad(tokenizer), "max_position_embeddings": length + _pad(tokenizer) + 1}
-    elif "max_position_embeddings" in allowed and "max_position_embeddings" not in rest and "n_positions" not in rest:
-        rest[default.attribute_map.get("max_position_embeddings", "max_position_embeddings")] = length
-    for key, value in owned.items():
-        if rest.get(key, value) != value:
-            raise UserError(
-                f"{place}.{key}: found {rest[key]}, but this experiment makes it {value}; leave the key out"
-            )
-        if key in allowed:
-            rest[key] = value
-    return CONFIG_MAPPING[kind](**rest)
+        if key in owned and value != owned[key]:
+            raise UserError(f"{place}.{key}: found {value}, but this experiment makes it {owned[key]}; leave it out")
+    return {**given, **filled}
+
+
+def check_objective(config: Any, objective: str, place: str) -> None:
+    """Check that a kind of model can be trained with an objective.
+
+    Raises:
+        UserError: it cannot, or it would see the tokens that it must predict.
+    """
+    from transformers.models.auto import modeling_auto
+
+    kind = config.model_type
+    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    if not (masked if objective == "mlm" else causal):
+        raise UserError(f'{place}: transformers has no {kind} model for the objective "{objective}"')
+    if objective == "clm" and masked and not getattr(config, "is_decoder", getattr(config, "causal", True)):
+        raise UserError(
+            f'{place}: this {kind} model would see the tokens that it must predict; for the objective "clm" its '
+            'configuration needs "is_decoder": true'
+        )
 
 
 def set_dropout(config: Any, dropout: float) -> None:
     """Set every dropout probability that the configuration has."""
-    for name in DROPOUTS:
-        if isinstance(getattr(config, name, None), (int, float)) or (
-            name == "classifier_dropout" and hasattr(config, name)
-        ):
+    for name, value in config.to_dict().items():
+        if ("dropout" in name or name.endswith("pdrop")) and type(value) in (int, float):
             setattr(config, name, dropout)
 
 
@@ -148,6 +184,7 @@ def load_model(source: str | Path, objective: str, place: str, dropout: float = 
         UserError: it cannot be loaded, or lacks weights that its class needs.
     """
     config = pretrained_configuration(source, place)
+    check_objective(config, objective, place)
     set_dropout(config, dropout)
     try:
         model, report = _auto(objective).from_pretrained(
@@ -209,23 +246,35 @@ class LanguageModel(nn.Module):
                 f"{place}: the head knows {linear.weight.shape[0]} tokens, the tokenizer has {vocabulary}; "
                 "expected a model made for this tokenizer"
             )
+        self._parent, self._name = _holder(model, linear)
         training = model.training
         model.eval()
-        probe = torch.arange(8, device=linear.weight.device)[None, :] % vocabulary
-        with torch.no_grad():
-            expected = model(input_ids=probe, use_cache=False).logits
-            self._parent, self._name = _holder(model, linear)
-            setattr(self._parent[0], self._name, nn.Identity())
-            found = nn.functional.linear(model(input_ids=probe, use_cache=False).logits, linear.weight, linear.bias)
-        if not torch.allclose(found, expected, rtol=1e-3, atol=1e-3):
+        if not self._plain(model, linear):
+            setattr(self._parent[0], self._name, linear)
             raise UserError(
-                f"{place}: {type(model).__name__} changes its logits after the head (soft-capping or a logit scale), "
-                "which is not supported"
+                f"{place}: {type(model).__name__} changes its logits after the head (soft-capping, a logit scale or "
+                "a bias of its own), which is not supported"
             )
         model.train(training)
         self.backbone = model
         self.head = Head(linear, vocabulary)
         self._linear = (linear,)  # a tuple hides it from the module tree: its parameters belong to the head
+
+    @torch.no_grad()
+    def _plain(self, model: Any, linear: nn.Linear) -> bool:
+        """Whether the model returns what its head gives, as it is; the head is taken out for it."""
+        probe = torch.arange(2, device=linear.weight.device)[None, :]
+        standin = _StandIn(linear.weight.shape[0])
+        setattr(self._parent[0], self._name, standin)
+        logits = model(input_ids=probe, use_cache=False).logits
+        if standin.given is None or not torch.equal(logits, standin.logits(standin.given)):
+            return False
+        setattr(self._parent[0], self._name, nn.Identity())
+        try:
+            hidden = model(input_ids=probe, use_cache=False).logits
+        except RuntimeError:  # sizes that do not fit: something as large as the vocabulary comes after the head
+            return False
+        return hidden.shape == standin.given.shape and torch.allclose(hidden, standin.given)
 
     def hidden(self, input_ids_BS: Tensor, rows: Tensor) -> Tensor:
         """[N, D]: what the head is applied to, at the given indices of the flattened [B · S]."""
@@ -246,8 +295,28 @@ class LanguageModel(nn.Module):
 
     def whole(self) -> Any:
         """The Hugging Face model with its head back in place; this object must not be used afterwards."""
-        setattr(self._parent[0], self._name, self._linear[0])
+        (linear,) = self._linear
+        linear.weight, linear.bias = self.head.weight, self.head.bias  # an engine may have put others in their place
+        setattr(self._parent[0], self._name, linear)
         return self.backbone
+
+
+class _StandIn(nn.Module):
+    """Stands in for a head: keeps what it is given, and returns logits far apart, which soft-capping would change."""
+
+    def __init__(self, rows: int):
+        super().__init__()
+        self.rows = rows
+        self.given: Tensor | None = None
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., rows] from -100 to 100."""
+        ramp = torch.linspace(-100, 100, self.rows, dtype=hidden.dtype, device=hidden.device)
+        return ramp.expand(*hidden.shape[:-1], self.rows)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.given = hidden
+        return self.logits(hidden)
 
 
 def _holder(model: nn.Module, child: nn.Module) -> tuple[tuple[nn.Module], str]:
@@ -257,17 +326,21 @@ def _holder(model: nn.Module, child: nn.Module) -> tuple[tuple[nn.Module], str]:
     return (model.get_submodule(parent),), name
 
 
+def _outline(config: Any, objective: str) -> Any:
+    """The model without memory for its parameters."""
+    with torch.device("meta"):
+        return _auto(objective).from_config(config)
+
+
 def count_parameters(config: Any, objective: str) -> int:
     """Parameters, tied ones once, without allocating them."""
-    with torch.device("meta"):
-        return sum(p.numel() for p in _auto(objective).from_config(config).parameters())
+    return sum(p.numel() for p in _outline(config, objective).parameters())
 
 
 def forward_flops(config: Any, objective: str, length: int, targets: float) -> float:
     """FLOPs of a forward pass over one sequence with so many target positions: the matrix products (2 a weight and
     token), attention scores and mixing (4 · S² · D a layer) and the head at the target positions."""
-    with torch.device("meta"):
-        model = _auto(objective).from_config(config)
+    model = _outline(config, objective)
     head = model.get_output_embeddings()
     weights = sum(
         module.weight.numel()

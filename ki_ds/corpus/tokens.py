@@ -23,6 +23,7 @@ from ki_ds.progress import Progress
 from ki_ds.sealed import Manifest, open_sealed, remedy
 
 BATCH_CHARACTERS = 1 << 20
+DOCUMENT_CHARACTERS = 256  # the least that a document counts for: its encoding takes about a kilobyte, however short
 PARTS = ("train", "validation")
 
 
@@ -147,7 +148,7 @@ def _batches(texts: Iterator[str]) -> Iterator[list[str]]:
     size = 0
     for text in texts:
         batch.append(text)
-        size += len(text)
+        size += max(len(text), DOCUMENT_CHARACTERS)
         if size >= BATCH_CHARACTERS:
             yield batch
             batch, size = [], 0

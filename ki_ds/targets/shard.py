@@ -121,9 +121,8 @@ class Shard:
             header = json.loads(text)
         except (ValueError, RecursionError):
             raise self._bad("the header is not JSON") from None
-        numbers = [header.get(name) for name in NUMBERS] if isinstance(header, dict) else []
-        whole = bool(numbers) and all(type(number) is int for number in numbers)
-        if not whole or min(numbers) < 0 or numbers[0] > numbers[1]:
+        numbers = [header.get(name) for name in NUMBERS] if isinstance(header, dict) else [None]
+        if not all(type(number) is int and number >= 0 for number in numbers) or header["start"] > header["end"]:
             raise self._bad(f"the header must give whole numbers {', '.join(NUMBERS)}, found {str(header)[:200]}")
         return header
 

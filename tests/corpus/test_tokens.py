@@ -25,7 +25,7 @@ from ki_ds.sealed import Identity, seal
 
 OBJECTIVES = ("mlm", "clm")
 SPECIAL = [*tokenizers.MLM_SPECIAL.values(), *tokenizers.CLM_SPECIAL.values()]
-WORDS = "the quick brown fox jumps over a lazy dog while naïve café owners watch 東京 at 12:30".split()
+WORDS = ["the", "quick", "brown", "fox", "jumps", "over", "naïve", "café", "owners", "at", "12:30", "in", "東京"]
 calm = settings(deadline=None, max_examples=100)
 
 
@@ -158,7 +158,7 @@ def test_tokenizer_without_mask_token_is_refused_for_mlm_only():
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
 def test_tokenizer_without_end_token_is_refused(objective):
-    with pytest.raises(UserError, match="^here: the tokenizer has no end or separator token"):
+    with pytest.raises(UserError, match=r"^here: the tokenizer has no end or separator token"):
         tokenizers.describe(bare(mask_token="[MASK]"), objective, "here")
 
 
@@ -414,7 +414,23 @@ def test_memory_is_bounded_by_a_batch_and_not_by_the_corpus(tmp_path, monkeypatc
     assert peak < 6 << 20
 
 
-def test_progress_of_a_long_corpus_is_said(corpus, capsys, monkeypatch):
+def test_documents_of_one_character_come_in_batches_too(tmp_path, monkeypatch):
+    """An encoding takes a kilobyte, however short the text: a million at once would take a gigabyte."""
+    sizes = []
+
+    class Counting(tokenizers.TextTokenizer):
+        def encode(self, texts):
+            sizes.append(len(texts))
+            return [[5] for _ in texts]
+
+    fields = {key: getattr(KNOWN["clm"], key) for key in KNOWN["clm"].__dataclass_fields__}
+    monkeypatch.setattr(module, "documents", lambda *_: (chr(97 + n % 26) for n in range(20_000)))
+    given = Corpus(sources=[JsonLinesSource(jsonl="none")], validation=0.1)
+    build(tmp_path, "wb", given, [tmp_path], Counting(**fields), "clm", 16)
+    assert sum(sizes) == 20_000 and max(sizes) <= 4096
+
+
+def test_progress_of_a_long_corpus_is_said(corpus, monkeypatch):
     monkeypatch.setattr("sys.stdout", out := io.StringIO())
     corpus(texts(60))
     assert "corpus wb: 60 documents" in out.getvalue()
