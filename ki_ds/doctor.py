@@ -11,8 +11,8 @@ from pathlib import Path
 from ki_ds.progress import say
 
 PACKAGES = (
-    "torch", "deepspeed", "transformers", "accelerate", "tokenizers", "datasets", "pydantic", "typer", "rich", "zstandard",
-    "xxhash", "numpy", "safetensors", "fsspec", "pyarrow", "jinja2", "matplotlib", "tensorboard",
+    "torch", "deepspeed", "transformers", "accelerate", "tokenizers", "datasets", "pydantic", "typer", "rich",
+    "zstandard", "xxhash", "numpy", "safetensors", "fsspec", "pyarrow", "jinja2", "matplotlib", "tensorboard",
 )  # fmt: skip
 OPTIONAL = {"triton": "gpu", "mpi4py": "mpi", "sklearn": "finetune"}
 PROGRAMS = {
@@ -56,14 +56,16 @@ def _accelerators() -> None:
     for index in range(torch.cuda.device_count()):
         found = torch.cuda.get_device_properties(index)
         say(
-            f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, compute capability {found.major}.{found.minor}"
+            f"cuda:{index}: {found.name}, {found.total_memory / 2**30:.0f} GiB, "
+            f"compute capability {found.major}.{found.minor}"
         )
     if not torch.cuda.is_available():
         say(
-            f"no CUDA device (torch {torch.__version__}): training runs on the CPU with {torch.get_num_threads()} threads"
+            f"no CUDA device (torch {torch.__version__}): "
+            f"training runs on the CPU with {torch.get_num_threads()} threads"
         )
     from deepspeed.accelerator import get_accelerator
-    from deepspeed.ops.op_builder import ALL_OPS
+    from deepspeed.ops.op_builder.all_ops import ALL_OPS
 
     say(f"deepspeed accelerator: {get_accelerator().device_name()}")
     ready: list[str] = []

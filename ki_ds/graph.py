@@ -41,7 +41,7 @@ def _model(experiment: Experiment, name: str, model: Model) -> list[str]:
     if model.pretrained is not None and experiment.tokenizer.train:
         lines.append(
             f"{place}.pretrained: this experiment trains a tokenizer of its own (tokenizer.train), so the ids of "
-            f'"{model.pretrained}" would mean other tokens; expected "tokenizer": {{"pretrained": …}} with that model\'s'
+            f'"{model.pretrained}" would mean other tokens; expected "tokenizer": {{"pretrained": …}} of that model'
         )
     if model.train is None:
         return lines

@@ -19,7 +19,8 @@ from ki_ds.distributed import free_port
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.graph import Stage, stages, targets_needed
 from ki_ds.progress import say
-from ki_ds.sealed import MANIFEST, open_sealed, state
+from ki_ds.sealed import MANIFEST, state
+from ki_ds.teach import complete
 from ki_ds.worker import work
 from ki_ds.workspace import Workspace
 
@@ -105,7 +106,7 @@ def _same_tokenizer(space: Workspace, name: str, tokenizer: tokenizers.TextToken
 
 
 def stage_state(space: Workspace, stage: Stage) -> str:
-    """'sealed', 'unsealed' (begun, or to be extended), 'absent', or 'other' where the folder belongs to something else."""
+    """'sealed', 'unsealed' (begun, or to be extended), 'absent', or 'other' where it belongs to something else."""
     folder = space.folder(stage)
     if stage.kind == "report":
         return "sealed" if (folder / "report.html").exists() else "absent"
@@ -114,7 +115,7 @@ def stage_state(space: Workspace, stage: Stage) -> str:
     found = state(folder, space.identity(stage))
     if found == "sealed" and stage.kind == "teach":
         needed, _ = space.target_positions(*_pair(stage))
-        return "sealed" if open_sealed(folder).facts["positions"] >= needed else "unsealed"
+        return "sealed" if complete(folder, needed) else "unsealed"
     return found
 
 

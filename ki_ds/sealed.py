@@ -87,7 +87,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -101,8 +101,8 @@ def remedy(error: OSError) -> str:
     return "Check the folder's permissions, or choose another --workdir."
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -125,6 +125,15 @@ def _read(path: Path) -> dict[str, Any]:
     return data
 
 
+def read_manifest(path: Path) -> dict[str, Any]:
+    """The manifest of a folder as it stands, without looking at the folder's files.
+
+    Raises:
+        UserError: it is unreadable, or of another schema.
+    """
+    return _read(path / MANIFEST)
+
+
 def open_sealed(path: Path) -> Manifest:
     """The manifest of a sealed folder, after checking that its files are there with their sizes.
 
@@ -140,7 +149,8 @@ def open_sealed(path: Path) -> Manifest:
         found = file.stat().st_size if file.exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            raise UserError(f"{file}: {what}, but the manifest says {size}. Remove {path} and run again.")
+            remedy = f"Remove {file if data['stage'] == 'teach' else path} and run again: it is made anew."
+            raise UserError(f"{file}: {what}, but the manifest says {size} bytes. {remedy}")
     return Manifest(path, str(data["fingerprint"]), dict(data["facts"]), data)
 
 
@@ -212,11 +222,11 @@ def seal(path: Path, identity: Identity, facts: dict[str, Any]) -> Manifest:
     for leftover in path.rglob("*.tmp"):
         if leftover.is_file():
             leftover.unlink()
-    files = {
-        str(file.relative_to(path)): file.stat().st_size
-        for file in sorted(path.rglob("*"))
-        if file.is_file() and file not in (path / MANIFEST, path / UNSEALED)
-    }
+    files = {}
+    for file in sorted(path.rglob("*")):
+        if file.is_file() and file not in (path / MANIFEST, path / UNSEALED):
+            _sync(file)  # the manifest must not outlive what it vouches for
+            files[str(file.relative_to(path))] = file.stat().st_size
     record = {
         **identity.record, "fingerprint": identity.fingerprint, "facts": facts, "files": files, "versions": versions(),
     }  # fmt: skip

@@ -103,9 +103,13 @@ def read_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        return json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite)
+        found = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite)
+        json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is not text
+        return found
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
+    except UnicodeEncodeError:
+        raise UserError(f"{path}: holds half of a surrogate pair (such as \\ud800), which is not text") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}") from None
 

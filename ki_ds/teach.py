@@ -22,7 +22,7 @@ from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
 from ki_ds.models import LanguageModel
 from ki_ds.progress import Progress
-from ki_ds.sealed import Identity, Manifest, prepare, reopen, seal
+from ki_ds.sealed import MANIFEST, Identity, Manifest, prepare, read_manifest, reopen, seal, state
 from ki_ds.targets import codec, select
 from ki_ds.targets.shard import Frame, ShardFolder, write_shard
 
@@ -51,12 +51,15 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
     Raises:
         UserError: the folder belongs to something else, or the disk is full.
     """
-    sealed = distributed.from_first(prepare(folder, identity) if distributed.rank() == 0 else None)
-    if sealed is not None and sealed.facts["positions"] >= lesson.positions:
-        return sealed
-    if distributed.rank() == 0:
-        reopen(folder, identity)  # a longer run than before adds what it needs
     shards = ShardFolder(folder, lesson.positions, lesson.positions_per_shard)
+    sealed = None
+    if distributed.rank() == 0:
+        if state(folder, identity) == "sealed" and not complete(folder, lesson.positions):
+            reopen(folder, identity)  # a longer run than before, or a shard that was set aside, adds what is missing
+        sealed = prepare(folder, identity)
+    sealed = distributed.from_first(sealed)
+    if sealed is not None:
+        return sealed
     missing = distributed.from_first(shards.missing() if distributed.rank() == 0 else None)
     model = inference_engine(lesson, device)
     header = {**identity.record, "k": lesson.k, "vocabulary": lesson.vocabulary, "quantum": codec.QUANTUM,
@@ -76,6 +79,17 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
                  "vocabulary": lesson.vocabulary, "quantum": codec.QUANTUM}  # fmt: skip
         sealed = seal(folder, identity, facts)
     return distributed.from_first(sealed)
+
+
+def complete(folder: Path, positions: int) -> bool:
+    """Whether a sealed folder has all its shards, for so many positions or more."""
+    if not (folder / MANIFEST).exists():
+        return False
+    facts = read_manifest(folder)["facts"]
+    return (
+        facts["positions"] >= positions
+        and not ShardFolder(folder, facts["positions"], facts["positions_per_shard"]).missing()
+    )
 
 
 def inference_engine(lesson: Lesson, device: torch.device) -> LanguageModel:

@@ -53,7 +53,7 @@ def run(
     """Train to the last step, from the latest checkpoint where there is one.
 
     Raises:
-        UserError: the loss is not finite for several steps in a row; a target is damaged or misaligned; the disk is full.
+        UserError: the loss is not finite for several steps; a target is damaged or misaligned; the disk is full.
     """
     train, inherit = course.train, course.inherit
     checkpoints = folder / "checkpoints"
@@ -78,8 +78,8 @@ def run(
                 continue  # the loss scale is lower now: the same step again
             step += 1
             record = sums | {
-                "step": step, "tokens": step * train.batch_size * course.sequence_length, "seconds": seconds, "alpha": a,
-                "learning_rate": rate, "gradient_norm": norm, "applied": applied,
+                "step": step, "tokens": step * train.batch_size * course.sequence_length, "seconds": seconds,
+                "alpha": a, "learning_rate": rate, "gradient_norm": norm, "applied": applied,
                 "tokens_per_second": train.batch_size * course.sequence_length / (time.monotonic() - began),
             }  # fmt: skip
             if step % train.evaluation_steps == 0 or step == train.steps:
@@ -133,7 +133,7 @@ def not_finite(course: Course, step: int, name: str) -> UserError:
     size = course.train.batch_size
     begin = (step - MOST_SKIPPED) * size
     return UserError(
-        f"models.{name}: loss or gradient was not finite in {MOST_SKIPPED + 1} steps in a row, the last being step {step}, "
-        f"stream positions {begin} to {(step + 1) * size}. Lower train.learning_rate (now "
+        f"models.{name}: loss or gradient was not finite in {MOST_SKIPPED + 1} steps in a row, the last being step "
+        f"{step}, stream positions {begin} to {(step + 1) * size}. Lower train.learning_rate (now "
         f"{course.train.learning_rate:g}), or look at these sequences; the last checkpoint is from before."
     )

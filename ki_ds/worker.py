@@ -21,7 +21,7 @@ from ki_ds.models import LanguageModel
 from ki_ds.perplexity import perplexity, validate
 from ki_ds.progress import Progress, duration, say
 from ki_ds.report import report
-from ki_ds.sealed import Manifest, digest, file_digest, prepare, seal, write_atomically
+from ki_ds.sealed import Identity, Manifest, digest, file_digest, prepare, seal, versions, write_atomically
 from ki_ds.workspace import Workspace
 
 EVALUATION_MICRO_BATCH = 16  # sequences
@@ -89,19 +89,22 @@ def corpus(stage: Stage, space: Workspace) -> None:
     seal(folder, identity, facts)
 
 
-def begin(stage: Stage, space: Workspace) -> tuple[Path, torch.device, Manifest | None]:
-    """Join the process group, check that all ranks agree, and prepare the folder: (folder, device, sealed?)."""
+def begin(stage: Stage, space: Workspace) -> tuple[Path, Identity, torch.device]:
+    """Join the process group and check that all ranks are about to do the same: (folder, identity, device)."""
     device = distributed.initialise()
     identity = space.identity(stage)
-    distributed.agree(f"experiment, corpus or tokenizer ({stage})", digest(identity.record))
-    folder = space.folder(stage)
-    sealed = prepare(folder, identity) if distributed.rank() == 0 else None
-    return folder, device, distributed.from_first(sealed)
+    distributed.agree(f"experiment, corpus or tokenizer ({stage})", digest([identity.record, versions()]))
+    return space.folder(stage), identity, device
+
+
+def prepared(folder: Path, identity: Identity) -> Manifest | None:
+    """`prepare` by rank 0, its result on every rank."""
+    return distributed.from_first(prepare(folder, identity) if distributed.rank() == 0 else None)
 
 
 def teaching(stage: Stage, space: Workspace) -> None:
     """Store a teacher's predictions over a corpus."""
-    folder, device, _ = begin(stage, space)
+    folder, identity, device = begin(stage, space)
     teacher, name = stage.name.split("@")
     positions, k = space.target_positions(teacher, name)
     vocabulary = space.tokenizer.size
@@ -111,18 +114,17 @@ def teaching(stage: Stage, space: Workspace) -> None:
         lambda: space.finished_model(teacher), teacher, space.tokens(name), space.stream(name), space.viewer(name),
         positions, k, vocabulary, space.experiment.positions_per_shard,
     )  # fmt: skip
-    teach.teach(folder, space.identity(stage), lesson, device)
+    teach.teach(folder, identity, lesson, device)
 
 
 def training(stage: Stage, space: Workspace) -> None:
     """Train a model."""
-    folder, device, sealed = begin(stage, space)
-    if sealed:
+    folder, identity, device = begin(stage, space)
+    if prepared(folder, identity):
         return
     name, e = stage.name, space.experiment
     model = e.models[name]
     assert model.train is not None
-    identity = space.identity(stage)
     plan = space.plan(model.train, name, distributed.rank(), distributed.world_size())
     validation = {corpus: (space.tokens(corpus).validation, space.viewer(corpus)) for corpus in model.train.on}
     course = train.Course(model.train, model.inherit, e.model_seed(name), e.sequence_length, validation)
@@ -140,8 +142,8 @@ def training(stage: Stage, space: Workspace) -> None:
 
 def evaluation(stage: Stage, space: Workspace) -> None:
     """Perplexity of a finished model on the validation part of every corpus, under fixed masks."""
-    folder, device, sealed = begin(stage, space)
-    if sealed:
+    folder, identity, device = begin(stage, space)
+    if prepared(folder, identity):
         return
     e = space.experiment
     model = LanguageModel(space.finished_model(stage.name).eval(), space.tokenizer.size, f"models.{stage.name}").to(
@@ -156,5 +158,5 @@ def evaluation(stage: Stage, space: Workspace) -> None:
     if distributed.rank() == 0:
         text = json.dumps({"model": stage.name, "corpora": found}, indent=1)
         write_atomically(folder / "perplexity.json", text.encode())
-        seal(folder, space.identity(stage), {})
+        seal(folder, identity, {})
     distributed.barrier()

@@ -11,6 +11,7 @@ from ki_ds import engine, models
 from ki_ds.batches import Lane, Loader, Plan
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
+from ki_ds.corpus.sources import FileSource, files
 from ki_ds.corpus.stream import CorpusStream, Mix
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
@@ -18,7 +19,7 @@ from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment, Train
 from ki_ds.graph import Stage, needs, targets_name, targets_needed
 from ki_ds.inherit import teacher_steps
-from ki_ds.sealed import Identity, digest, file_digest, open_sealed
+from ki_ds.sealed import MANIFEST, Identity, digest, file_digest, open_sealed, read_manifest
 from ki_ds.strict import read_json
 from ki_ds.targets.shard import ShardFolder
 
@@ -149,12 +150,12 @@ class Workspace:
             raise UserError(f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {size}")
         if config.vocab_size > size and not model.padded_vocabulary:
             raise UserError(
-                f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {size}. If the rest is padding that "
-                f'no text ever uses, say so with "padded_vocabulary": true; else take the tokenizer it was made with'
+                f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {size}. If the rest is padding "
+                f'that no text ever uses, say so with "padded_vocabulary": true; else take the tokenizer it was made with'
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None:
-            usable = positions - (config.pad_token_id + 1 if config.model_type in ("roberta", "xlm-roberta") else 0)
+            usable = positions - (config.pad_token_id + 1 if config.model_type in models.OFFSET_POSITIONS else 0)
             if usable < self.experiment.sequence_length:
                 raise UserError(
                     f"{place}: it knows {usable} positions, sequence_length is {self.experiment.sequence_length}"
@@ -170,7 +171,8 @@ class Workspace:
             if model.inherit and corpus in model.inherit.teachers:
                 folder = self.folder(Stage("teach", targets_name(model.inherit.teachers[corpus], corpus)))
                 facts = open_sealed(folder).facts
-                targets = ShardFolder(folder, facts["positions"], facts["positions_per_shard"])
+                header = {key: facts[key] for key in ("k", "vocabulary", "quantum")}
+                targets = ShardFolder(folder, facts["positions"], facts["positions_per_shard"], header=header)
             lanes.append(Lane(corpus, self.tokens(corpus).train, self.stream(corpus), self.viewer(corpus), targets))
         return lanes
 
@@ -193,12 +195,17 @@ class Workspace:
         config: dict[str, Any]
         if stage.kind == "tokenizer":
             train = e.tokenizer.train
-            sources = {name: e.corpora[name].model_dump(mode="json") for name in train.on} if train else {}
+            sources = {name: self._sources(name, stage) for name in train.on} if train else {}
             config = {"objective": e.objective, "tokenizer": e.tokenizer.model_dump(mode="json"), "sources": sources}
             return Identity("tokenizer", config, {})
         if stage.kind == "corpus":
-            settings = e.corpora[stage.name].model_dump(mode="json")
-            config = {"objective": e.objective, "sequence_length": e.sequence_length, "corpus": settings}
+            sources = {stage.name: self._sources(stage.name, stage)}
+            config = {
+                "objective": e.objective,
+                "sequence_length": e.sequence_length,
+                "validation": e.corpora[stage.name].validation,
+                "sources": sources,
+            }
             return Identity("corpus", config, {"tokenizer": self.tokenizer.digest})
         viewing: dict[str, Any] = {"objective": e.objective, "seed": e.seed, "sequence_length": e.sequence_length}
         if e.objective == "mlm":
@@ -212,6 +219,23 @@ class Workspace:
             return self._training_identity(stage.name, viewing)
         inputs = {f"corpora/{name}": self.tokens(name).digest for name in e.corpora}
         return Identity("evaluate", viewing, {f"models/{stage.name}": self.model_digest(stage.name), **inputs})
+
+    def _sources(self, name: str, stage: Stage) -> dict[str, Any]:
+        """What a corpus is read from, with the names and sizes of its files; those recorded where they are gone."""
+        corpus = self.experiment.corpora[name]
+        found: list[Any] = []
+        for index, source in enumerate(corpus.sources):
+            if isinstance(source, FileSource):
+                try:
+                    place = f"corpora.{name}.sources.{index}"
+                    found += [[Path(path).name, size] for path, size in files(source, self.bases, place)]
+                except UserError:
+                    if not (self.folder(stage) / MANIFEST).exists():
+                        raise
+                    found = read_manifest(self.folder(stage))["config"]["sources"][name]["files"]
+                    break
+        settings = corpus.model_dump(mode="json", exclude={"validation"})
+        return {**settings, "files": found}
 
     def _training_identity(self, name: str, viewing: dict[str, Any]) -> Identity:
         model = self.experiment.models[name]

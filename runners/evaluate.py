@@ -1,4 +1,4 @@
-"""One rank of the evaluate stage, for launchers: deepspeed runners/evaluate.py EXPERIMENT.json --workdir DIR [--name NAME]."""
+"""A rank of the evaluate stage: deepspeed runners/evaluate.py EXPERIMENT.json --workdir DIR [--name NAME]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One rank of the teach stage, for launchers: deepspeed runners/teach.py EXPERIMENT.json --workdir DIR [--name NAME]."""
+"""A rank of the teach stage: deepspeed runners/teach.py EXPERIMENT.json --workdir DIR [--name NAME]."""
 
 import sys
 

@@ -1,4 +1,4 @@
-"""One rank of the train stage, for launchers: deepspeed runners/train.py EXPERIMENT.json --workdir DIR [--name NAME]."""
+"""A rank of the train stage: deepspeed runners/train.py EXPERIMENT.json --workdir DIR [--name NAME]."""
 
 import sys
 

@@ -20,6 +20,9 @@ MIN_DOCSTRING_CHARACTERS = 200
 PARSERS = 2  # processes
 PARALLEL_FILES = 400  # fewer Python files are parsed sooner than the processes start
 
+# a run reads the same packages twice (tokenizer, corpus), a few tens of megabytes at most: they are parsed once
+_REMEMBERED: dict[tuple[tuple[str, int], ...], list[tuple[str, str]]] = {}
+
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
@@ -30,9 +33,24 @@ def documentation(names: Sequence[str], place: str) -> Iterator[tuple[str, str]]
         UserError: a package is not installed, or has no Python files.
     """
     paths = [path for index, name in enumerate(names) for path in _python_files(name, f"{place}.{index}")]
+    try:
+        state = tuple((path, os.stat(path).st_mtime_ns) for path in paths)
+    except OSError as error:
+        raise unreadable(str(error.filename), error) from error
+    if state not in _REMEMBERED:
+        found = []
+        for item in _parsed(paths):
+            found.append(item)
+            yield item
+        _REMEMBERED.clear()
+        _REMEMBERED[state] = found
+    else:
+        yield from _REMEMBERED[state]
+
+
+def _parsed(paths: list[str]) -> Iterator[tuple[str, str]]:
     if len(paths) < PARALLEL_FILES:
-        for path in paths:
-            yield from ((path, text) for text in _docstrings(path))
+        yield from ((path, text) for path in paths for text in _docstrings(path))
         return
     # Spawned, since a fork of a process with threads can hang. Syntax trees have no cycles for the collector to find.
     context = multiprocessing.get_context("spawn")

@@ -7,6 +7,7 @@ Liu et al. 2019, section 4.2, cut at tokens rather than sentences). The rest tha
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -90,10 +91,6 @@ class _Writer:
         self.sequences += count
         del self.waiting[: count * self.width]
 
-    def close(self) -> None:
-        self.flush()
-        self.file.close()
-
 
 def build(
     folder: Path, name: str, corpus: Corpus, bases: list[Path], tokenizer: TextTokenizer, objective: str, length: int
@@ -118,13 +115,19 @@ def build(
                     writers[part].append([*ids, tokenizer.separator])
                 progress.advance(len(batch), f"{tally.characters / 1e6:,.1f}M characters")
         for writer in writers.values():
-            writer.close()
+            writer.flush()
+            writer.file.flush()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}. {remedy(error)}") from None
+    finally:
+        for writer in writers.values():
+            with contextlib.suppress(OSError):  # what did not fit on a full disk
+                writer.file.close()
     sequences = {part: writer.sequences for part, writer in writers.items()}
     for part in PARTS:
         if not sequences[part]:
-            more = f" or a larger {place}.validation (now {corpus.validation})" if part == "validation" else ""
+            share = "larger" if part == "validation" else "smaller"
+            more = f", a {share} {place}.validation (now {corpus.validation})" if tally.documents else ""
             raise UserError(
                 f"{place}: {tally.documents} documents, {tally.characters} characters, give no {part} sequence of "
                 f"{length} tokens. Expected more text{more} or a smaller sequence_length."

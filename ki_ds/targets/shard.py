@@ -85,6 +85,8 @@ class Shard:
         self.path = path
         try:
             self.data = np.memmap(path, np.uint8, mode="r")
+        except FileNotFoundError:
+            raise UserError(f"{path}: is missing. Run `ki-ds teach`: it computes what is not there.") from None
         except (OSError, ValueError) as error:
             raise self._bad(f"cannot be read ({error})") from None
         size = len(self.data)
@@ -130,9 +132,7 @@ class Shard:
         return self.data[start : start + length].tobytes()
 
     def _bad(self, what: str) -> UserError:
-        return UserError(
-            f"{self.path}: {what}. Remove the file and its folder's manifest.json, then run `ki-ds teach`."
-        )
+        return UserError(f"{self.path}: {what}. Remove the file and run `ki-ds teach`: it is computed anew.")
 
     def frame(self, position: int) -> Frame:
         """The frame of a stream position.
@@ -167,8 +167,17 @@ class Shard:
 class ShardFolder:
     """Random access to the frames of a folder of shards, with the last few shards kept open."""
 
-    def __init__(self, folder: Path, positions: int, positions_per_shard: int, keep_open: int = 8):
+    def __init__(
+        self,
+        folder: Path,
+        positions: int,
+        positions_per_shard: int,
+        keep_open: int = 8,
+        header: dict[str, Any] | None = None,
+    ):
+        """`header`: what every shard's header must say, for instance its K and vocabulary."""
         self.folder, self.positions, self.per_shard = folder, positions, positions_per_shard
+        self.header = header or {}
         self.keep_open = keep_open
         self.shards: OrderedDict[int, Shard] = OrderedDict()
 
@@ -179,11 +188,20 @@ class ShardFolder:
             UserError: the shard is missing or damaged.
         """
         number = position // self.per_shard
-        shard = self.shards.pop(number, None) or Shard(self.folder / self.name(number))
+        shard = self.shards.pop(number, None) or self._open(number)
         self.shards[number] = shard
         if len(self.shards) > self.keep_open:
             self.shards.popitem(last=False)
         return shard.frame(position)
+
+    def _open(self, number: int) -> Shard:
+        shard = Shard(self.folder / self.name(number))
+        start = number * self.per_shard
+        expected = {**self.header, "start": start, "end": min(start + self.per_shard, self.positions)}
+        for key, value in expected.items():
+            if shard.header.get(key) != value:
+                raise shard._bad(f"its header gives {key} = {shard.header.get(key)}, expected {value}")
+        return shard
 
     def name(self, number: int) -> str:
         """File name of the shard with this number."""
