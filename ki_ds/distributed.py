@@ -112,7 +112,7 @@ def agree(what: str, digest: str) -> None:
 
 
 def share_out(count: int) -> Iterator[int]:
-    """Numbers below `count`, each to the rank that comes for it first; all ranks call this, and it ends with a barrier."""
+    """Numbers below `count`, each to the rank that comes for it first. All ranks call this; it ends with a barrier."""
     if world_size() == 1:
         yield from range(count)
         return

@@ -151,7 +151,7 @@ class Workspace:
         if config.vocab_size > size and not model.padded_vocabulary:
             raise UserError(
                 f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {size}. If the rest is padding "
-                f'that no text ever uses, say so with "padded_vocabulary": true; else take the tokenizer it was made with'
+                'that no text ever uses, say so with "padded_vocabulary": true; else take its own tokenizer'
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None:
