@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 import time
@@ -15,6 +16,7 @@ from ki_ds.errors import StageFailed, UserError
 from ki_ds.experiment import Experiment, load_experiment
 from ki_ds.graph import stages
 from ki_ds.progress import duration, say
+from ki_ds.sealed import remedy
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -45,7 +47,7 @@ def _run(
     file: Path, scale: str | None, workdir: Path | None, processes: int | None, hostfile: Path | None,
     settings: list[str] | None, only: str | None = None, name: str | None = None,
 ) -> None:  # fmt: skip
-    from ki_ds.pipeline import Launch, run
+    from ki_ds.pipeline import Launch, default_processes, run
 
     distributed.quiet()
     if only is not None and only not in ONLY:
@@ -57,7 +59,7 @@ def _run(
     arguments = [str(file.absolute()), "--workdir", str(space.root)]
     arguments += ["--scale", scale] if scale else []
     arguments += [part for setting in settings or () for part in ("--set", setting)]
-    ranks = _slots(hostfile) if hostfile else processes or _devices()
+    ranks = _slots(hostfile) if hostfile else processes or default_processes(space)
     run(space, Launch(arguments, ranks, hostfile), ONLY[only] if only else None, name)
     if only in (None, "report"):
         from ki_ds.report import words
@@ -69,16 +71,14 @@ def _run(
         say(f"\nreport: {space.root / 'report' / 'report.html'}")
 
 
-def _devices() -> int:
-    import torch
-
-    return max(torch.cuda.device_count(), 1)
-
-
 def _slots(hostfile: Path) -> int:
     """Ranks that a DeepSpeed host file asks for: lines `host slots=N`."""
     total = 0
-    for number, line in enumerate(hostfile.read_text().splitlines(), 1):
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{hostfile}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
         fields = line.split("#")[0].split()
         if not fields:
             continue
@@ -150,7 +150,7 @@ def plan(
 
     distributed.quiet()
     space = _open(file, scale, workdir, settings)
-    pipeline.preflight(space, processes or _devices())
+    pipeline.preflight(space, processes or pipeline.default_processes(space))
     rows = pipeline.plan(space)
     table = Table("stage", "state", *(column for column in COLUMNS), title=f"{space.experiment.name} in {space.root}")
     for row in rows:
@@ -215,9 +215,12 @@ def doctor(workdir: Workdir = None) -> None:
 def worker(
     kinds: str, file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None,
     names: Annotated[list[str] | None, typer.Option("--name")] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:  # fmt: skip
     """One rank of engine stages; started by a launcher."""
+    if parent is not None:
+        distributed.end_with(parent)
     distributed.quiet()
     from ki_ds.worker import work
 
@@ -256,6 +259,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except StageFailed as failed:
         raise SystemExit(failed.code) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        print(f"error: {error.filename or 'a file'}: {error.strerror}. {remedy(error)}", file=sys.stderr, flush=True)
+        raise SystemExit(2) from None
 
 
 if __name__ == "__main__":

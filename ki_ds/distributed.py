@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import threading
+import time
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -47,6 +49,20 @@ def initialise() -> torch.device:
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
     return torch.device("cpu")
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that started its launcher is gone: ranks must not go on unattended."""
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(1)
+
+    threading.Thread(target=watch, daemon=True, name="watch").start()
 
 
 def quiet() -> None:

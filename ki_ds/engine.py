@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -11,11 +12,12 @@ import torch
 
 from ki_ds import distributed
 from ki_ds.batches import Plan
-from ki_ds.errors import UserError, reason
+from ki_ds.errors import UserError, nearest, reason
 from ki_ds.experiment import Train
 from ki_ds.models import LanguageModel
-from ki_ds.sealed import remedy, write_atomically
+from ki_ds.sealed import remedy, sync, write_atomically
 
+WRITE_FAILED = ("PytorchStreamWriter", "file write failed", "No space left")  # how torch says that a disk is full
 OWNED = {
     "train_batch_size": "train.batch_size",
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
@@ -26,12 +28,37 @@ OWNED = {
 }
 
 
+KNOWN = (
+    "fp16", "bf16", "zero_optimization", "torch_autocast", "amp", "data_types", "activation_checkpointing",
+    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "sparse_gradients", "comms_logger",
+    "flops_profiler", "tensorboard", "wandb", "csv_monitor", "comet", "wall_clock_breakdown", "memory_breakdown",
+    "dump_state", "aio", "checkpoint", "compile", "timers",
+)  # fmt: skip
+
+
 def check(config: dict[str, Any], source: str) -> None:
     """Refuse an engine JSON that gives a number of the experiment's, or a combination known to be wrong.
 
     Raises:
         UserError: naming the key.
     """
+    for key in config:
+        if key not in KNOWN and key not in OWNED:
+            raise UserError(f"{source}: {key}: unknown key of a DeepSpeed configuration{nearest(key, KNOWN)}")
+    for key in ("fp16", "bf16", "zero_optimization"):
+        block = config.get(key, {})
+        if not isinstance(block, dict) or not isinstance(block.get("enabled", False), bool):
+            raise UserError(f'{source}: {key}: found {json.dumps(block)}; expected an object, "enabled" true or false')
+        if key != "zero_optimization" and block and "enabled" not in block:
+            raise UserError(f'{source}: {key}: "enabled" is missing, so DeepSpeed would ignore the rest')
+    found = config.get("zero_optimization", {}).get("stage", 0)
+    if found not in (0, 1, 2, 3):
+        raise UserError(f"{source}: zero_optimization.stage: found {json.dumps(found)}; allowed: 0, 1, 2, 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if config.get("zero_optimization", {}).get(key, {}).get("device", "none") != "none":
+            raise UserError(
+                f"{source}: zero_optimization.{key}: offload is not supported by this version; leave it out"
+            )
     for key, owner in OWNED.items():
         if config.get(key, "auto") != "auto":
             raise UserError(
@@ -54,9 +81,9 @@ def stage(config: dict[str, Any]) -> int:
     return int(config.get("zero_optimization", {}).get("stage", 0))
 
 
-def precision(config: dict[str, Any]) -> str:
-    """fp16, bf16 or fp32."""
-    return next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), "fp32")
+def precision(config: dict[str, Any]) -> dict[str, Any]:
+    """The parts of an engine JSON that decide in which precision is computed."""
+    return {name: config[name] for name in ("fp16", "bf16", "torch_autocast", "amp", "data_types") if name in config}
 
 
 def micro_batch_size(train: Train, world_size: int, place: str) -> int:
@@ -110,7 +137,7 @@ class Engine:
             [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=train.learning_rate, betas=train.betas, eps=train.epsilon, fused=True,
         )  # fmt: skip
-        self.fp16 = precision(config) == "fp16"
+        self.fp16 = bool(config.get("fp16", {}).get("enabled"))
         if isinstance(optimizer, GuardedAdamW):
             optimizer.clip = train.gradient_clipping
         joined = {
@@ -125,7 +152,7 @@ class Engine:
             model=model, optimizer=optimizer, config=joined, dist_init_required=False
         )
         self.optimizer = optimizer
-        if hasattr(self.deepspeed.optimizer, "check_grad_overflow"):  # ZeRO 1 and 2 check in half precision only
+        if stage(config) in (1, 2):  # they check in half precision only
             self.deepspeed.optimizer.check_grad_overflow = True
 
     def step(self, learning_rate: float) -> tuple[bool, float]:
@@ -150,10 +177,14 @@ class Engine:
         try:
             self.deepspeed.save_checkpoint(str(folder), tag=tag, client_state={"ki_ds": state}, save_latest=False)
         except (OSError, RuntimeError) as error:
-            problem = error if isinstance(error, OSError) else OSError(28, reason(error))
+            if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITE_FAILED):
+                raise
+            problem = error if isinstance(error, OSError) else OSError(errno.ENOSPC, reason(error))
             raise UserError(f"{folder / tag}: cannot be written: {problem.strerror}. {remedy(problem)}") from None
         distributed.barrier()
         if distributed.rank() == 0:
+            for file in (folder / tag).iterdir():
+                sync(file)
             write_atomically(folder / "latest", tag.encode())
             for old in sorted(folder.glob("step-*"))[:-keep]:
                 shutil.rmtree(old)
@@ -166,18 +197,17 @@ class Engine:
             UserError: the checkpoint is damaged, or was made by another number of processes.
         """
         latest = folder / "latest"
-        if not latest.exists():
+        # one rank reads it for all: on a shared file system others may still see an older one
+        tag = distributed.from_first(latest.read_text().strip() if latest.exists() else None)
+        if tag is None:
             return 0
-        tag = latest.read_text().strip()
         saved = folder / tag
         if distributed.rank() == 0:
             for newer in folder.glob("step-*"):
                 if newer.name > tag:  # begun, but never finished
                     shutil.rmtree(newer)
         distributed.barrier()
-        ranks = (
-            len(list(saved.glob("zero_pp_rank_*_optim_states.pt"))) or len(list(saved.glob("*zero_pp_rank_*"))) or None
-        )
+        ranks = len(list(saved.glob("*zero_pp_rank_*_optim_states.pt"))) or None  # none at ZeRO 0
         if ranks is not None and ranks != distributed.world_size():
             raise UserError(
                 f"{saved}: written by {ranks} processes, but this run has {distributed.world_size()}; "

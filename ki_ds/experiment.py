@@ -19,6 +19,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 Positive = Annotated[int, Field(gt=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 
 
@@ -147,7 +149,7 @@ class Train(Strict):
         None, description="sequences a rank computes at once; default: the largest divisor up to 32"
     )
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises linearly")
-    betas: tuple[Share, Share] = (0.9, 0.98)
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
     epsilon: Annotated[float, Field(gt=0)] = 1e-6
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global norm; 0: none")
@@ -218,7 +220,7 @@ class Model(Strict):
     )
     train: Train | None = None
     inherit: Inherit | None = None
-    seed: int | None = Field(None, description="for initial weights and dropout; default: the experiment's")
+    seed: Seed | None = Field(None, description="for initial weights and dropout; default: the experiment's")
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
@@ -242,7 +244,7 @@ class Experiment(Strict):
     """A graph of corpora and models."""
 
     name: Name
-    seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 1
+    seed: Seed = 1
     objective: Literal["mlm", "clm"]
     sequence_length: Annotated[int, Field(ge=8, le=1 << 20)] = 512
     tokenizer: Tokenizer

@@ -160,7 +160,10 @@ def _auto(objective: str) -> Any:
 def new_model(config: Any, objective: str, seed: int) -> Any:
     """A Hugging Face model with initial weights that depend on the seed alone."""
     torch.manual_seed(seed)
-    return _auto(objective).from_config(config, dtype=torch.float32)
+    model = _auto(objective).from_config(config, dtype=torch.float32)
+    if objective == "clm":
+        check_causal(model, "architecture")
+    return model
 
 
 def pretrained_configuration(source: str | Path, place: str) -> Any:
@@ -175,6 +178,24 @@ def pretrained_configuration(source: str | Path, place: str) -> Any:
         return AutoConfig.from_pretrained(str(source))
     except Exception as error:  # whatever the library raises: the input is at fault
         raise UserError(f"{place}: no model can be loaded from {source}: {reason(error)}") from None
+
+
+@torch.no_grad()
+def check_causal(model: Any, place: str) -> None:
+    """Check that no prediction of a causal model depends on what comes after it.
+
+    Raises:
+        UserError: changing the last token changes an earlier prediction.
+    """
+    training = model.training
+    model.eval()
+    one = torch.arange(4)[None, :] % model.config.vocab_size
+    two = one.clone()
+    two[0, -1] = (two[0, -1] + 1) % model.config.vocab_size
+    before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, two))
+    model.train(training)
+    if not torch.allclose(before, after, rtol=1e-4, atol=1e-4):
+        raise UserError(f"{place}: a {type(model).__name__} sees the tokens that it is to predict; it is not causal")
 
 
 def load_model(source: str | Path, objective: str, place: str, dropout: float = 0.0) -> Any:
@@ -197,6 +218,8 @@ def load_model(source: str | Path, objective: str, place: str, dropout: float = 
             f"{place}: {source} lacks the weights {', '.join(sorted(report['missing_keys'])[:3])} of a "
             f"{type(model).__name__}, which would be random; expected a model saved with its language-model head"
         )
+    if objective == "clm":
+        check_causal(model, place)
     return model
 
 

@@ -17,9 +17,9 @@ from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import FileSource, files
 from ki_ds.distributed import free_port
 from ki_ds.errors import StageFailed, UserError
-from ki_ds.graph import Stage, stages, targets_needed
+from ki_ds.graph import Kind, Stage, stages, targets_needed
 from ki_ds.progress import say
-from ki_ds.sealed import MANIFEST, state
+from ki_ds.sealed import MANIFEST, check_identity, state
 from ki_ds.teach import complete
 from ki_ds.worker import work
 from ki_ds.workspace import Workspace
@@ -40,6 +40,15 @@ class Launch:
 # --------------------------------------------------------------------------------------------------- before
 
 
+def default_processes(space: Workspace) -> int:
+    """As many ranks as there are GPUs, or fewer where that does not divide every batch; one without a GPU."""
+    import torch
+
+    batches = [model.train.batch_size for model in space.experiment.models.values() if model.train]
+    counts = range(torch.cuda.device_count(), 0, -1)
+    return next((count for count in counts if all(batch % count == 0 for batch in batches)), 1)
+
+
 def preflight(space: Workspace, processes: int) -> None:
     """Everything that can be refused before anything runs.
 
@@ -56,16 +65,19 @@ def preflight(space: Workspace, processes: int) -> None:
             lines.append(str(error))
             return None
 
+    def unfinished(kind: Kind, name: str) -> bool:
+        return not (space.folder(Stage(kind, name)) / MANIFEST).exists()
+
     gather(lambda: space.engine_config)
     for name, corpus in e.corpora.items():
-        if stage_state(space, Stage("corpus", name)) != "sealed":
+        if unfinished("corpus", name):
             for index, source in enumerate(corpus.sources):
                 if isinstance(source, FileSource):
                     gather(files, source, space.bases, f"corpora.{name}.sources.{index}")
     tokenizer = gather(expected_tokenizer, space)
     for name, model in e.models.items():
         place = f"models.{name}"
-        if model.train:
+        if model.train and unfinished("train", name):
             gather(engine.micro_batch_size, model.train, processes, place)
         if tokenizer is None:
             continue
@@ -171,7 +183,12 @@ def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, na
         raise UserError(f'there is no stage "{name}"; the experiment has {", ".join(known)}')
     for stage in chosen:
         for one in space.inputs_of(stage):
-            if one not in chosen and stage_state(space, one) != "sealed":
+            if one in chosen:
+                continue
+            found = stage_state(space, one)
+            if found == "other":
+                check_identity(space.folder(one), space.identity(one))
+            if found != "sealed":
                 raise UserError(
                     f"{stage} reads {space.folder(one)}, which is not finished. Run `ki-ds run` to make it."
                 )
@@ -210,9 +227,11 @@ def _launched(launch: Launch, group: list[Stage]) -> int:
         command += ["--hostfile", str(launch.hostfile)]
     else:
         # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
-        command += ["--hostfile", os.devnull, "--num_gpus", str(launch.processes), "--master_addr", "127.0.0.1"]
+        command += ["--hostfile", os.devnull, "--master_addr", "127.0.0.1", *_resources(launch.processes)]
     command += ["--master_port", str(free_port()), "--module", "ki_ds.cli", "worker", ",".join(LAUNCHED)]
     command += [*launch.arguments, *(part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}"))]
+    if launch.hostfile is None:
+        command += ["--parent", str(os.getpid())]
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(cores // launch.processes, 1)))
@@ -225,13 +244,33 @@ def _launched(launch: Launch, group: list[Stage]) -> int:
         _end(process)
         raise SystemExit(1)
 
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
     try:
         return process.wait()
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         _end(process)  # ranks must not outlive their launcher
+
+
+def _resources(processes: int) -> list[str]:
+    """The launcher's choice of devices: those of CUDA_VISIBLE_DEVICES, which --num_gpus would ignore.
+
+    Raises:
+        UserError: there are fewer GPUs than processes, or they are not named by number.
+    """
+    import torch
+
+    devices = torch.cuda.device_count()
+    if devices and processes > devices:
+        raise UserError(f"--processes {processes}: this machine shows {devices} GPUs; expected at most that many")
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    if not devices or not visible:
+        return ["--num_gpus", str(processes)]
+    named = visible.split(",")[:processes]
+    if not all(name.strip().isdecimal() for name in named):
+        raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: the launcher takes devices by number, for instance 0,1")
+    return ["--include", "localhost:" + ",".join(name.strip() for name in named)]
 
 
 def _no_gpu() -> bool:

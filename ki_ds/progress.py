@@ -9,6 +9,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from ki_ds.sealed import write_atomically
+
 LINE_EVERY_S = 10.0
 
 
@@ -77,6 +79,10 @@ class Progress:
         elif self.shown and time.monotonic() - self.said > LINE_EVERY_S:
             self._line()
 
+    def reach(self, done: int) -> None:
+        """Count up to `done` of the total as done."""
+        self.done = max(self.done, done)
+
     def _line(self) -> None:
         self.said, self.lined = time.monotonic(), self.done
         say(f"  {self.label}: {self.text()}")
@@ -90,15 +96,14 @@ class Metrics:
 
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        self.file = self.path.open("w", encoding="utf-8")
-        self.file.writelines(json.dumps(line) + "\n" for line in kept)
-        self.file.flush()
+        write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
+        self.file = self.path.open("a", encoding="utf-8")
         self.seconds = kept[-1]["seconds"] if kept else 0.0
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:
         """One step's record; null for what is not finite."""
-        clean = {key: _finite(value) for key, value in record.items()}
+        clean = {key: finite(value) for key, value in record.items()}
         self.file.write(json.dumps(clean, allow_nan=False) + "\n")
         self.file.flush()
         for key, value in clean.items():
@@ -112,9 +117,10 @@ class Metrics:
         self.tensorboard.close()
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """The value, with None for each float that JSON cannot say."""
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
 
 

@@ -87,7 +87,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
-        _sync(path.parent)
+        sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -101,7 +101,8 @@ def remedy(error: OSError) -> str:
     return "Check the folder's permissions, or choose another --workdir."
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -167,6 +168,21 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("stage", "schema", "config", "inputs")}
 
 
+def check_identity(path: Path, identity: Identity) -> None:
+    """Check that a folder with a manifest, or one that is being filled, was made for this identity.
+
+    Raises:
+        UserError: naming the keys that differ.
+    """
+    found = _identity(_read(path / (MANIFEST if (path / MANIFEST).exists() else UNSEALED)))
+    if digest(found) != identity.fingerprint:
+        raise UserError(
+            f"{path}: made from another experiment, corpus or configuration; "
+            + "; ".join(differences(found, identity.record))
+            + f". Choose another --workdir, put the old value back, or remove {path} to make it again."
+        )
+
+
 def prepare(path: Path, identity: Identity) -> Manifest | None:
     """The manifest where the folder is sealed; else make it ready to be filled and return None.
 
@@ -175,13 +191,7 @@ def prepare(path: Path, identity: Identity) -> Manifest | None:
     """
     for name in (MANIFEST, UNSEALED):
         if (path / name).exists():
-            found = _identity(_read(path / name))
-            if digest(found) != identity.fingerprint:
-                raise UserError(
-                    f"{path}: made from another experiment, corpus or configuration; "
-                    + "; ".join(differences(found, identity.record))
-                    + f". Choose another --workdir, put the old value back, or remove {path} to make it again."
-                )
+            check_identity(path, identity)
             return open_sealed(path) if name == MANIFEST else None
     # a crash in the middle of the first write leaves a temporary file of it and nothing else
     if path.is_dir() and any(not fnmatch(file.name, f"{UNSEALED}.*.tmp") for file in path.iterdir()):
@@ -217,15 +227,16 @@ def differences(found: Any, expected: Any, place: str = "") -> list[str]:
     return [] if texts[0] == texts[1] else [f"{place}: found {shown[0]}, expected {shown[1]}"]
 
 
-def seal(path: Path, identity: Identity, facts: dict[str, Any]) -> Manifest:
-    """Write the manifest; from now on the folder is complete."""
+def seal(path: Path, identity: Identity, facts: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Manifest:
+    """Write the manifest; from now on the folder is complete. What it can do without (`leave_out`) is not listed."""
     for leftover in path.rglob("*.tmp"):
         if leftover.is_file():
             leftover.unlink()
     files = {}
     for file in sorted(path.rglob("*")):
-        if file.is_file() and file not in (path / MANIFEST, path / UNSEALED):
-            _sync(file)  # the manifest must not outlive what it vouches for
+        listed = file.relative_to(path).parts[0] not in (*leave_out, MANIFEST, UNSEALED)
+        if file.is_file() and listed:
+            sync(file)  # the manifest must not outlive what it vouches for
             files[str(file.relative_to(path))] = file.stat().st_size
     record = {
         **identity.record, "fingerprint": identity.fingerprint, "facts": facts, "files": files, "versions": versions(),

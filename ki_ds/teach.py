@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from ki_ds import distributed
 from ki_ds.corpus.masking import Viewer
@@ -61,18 +62,24 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
     if sealed is not None:
         return sealed
     missing = distributed.from_first(shards.missing() if distributed.rank() == 0 else None)
-    model = inference_engine(lesson, device)
+    engine = inference_engine(lesson, device)
     header = {**identity.record, "k": lesson.k, "vocabulary": lesson.vocabulary, "quantum": codec.QUANTUM,
               "sequence_length": lesson.tokens.train.shape[1]}  # fmt: skip
     done = (len(shards) - len(missing)) * lesson.positions_per_shard
     shown = distributed.rank() == 0
     with Progress(f"teach {folder.name}", lesson.positions, "sequences", done, shown) as progress:
         for number in distributed.share_out(len(missing)):
+            progress.reach(done + number * lesson.positions_per_shard)  # what other ranks have taken counts too
             start = missing[number] * lesson.positions_per_shard
             end = min(start + lesson.positions_per_shard, lesson.positions)
-            frames, worst = compute(model, lesson, np.arange(start, end), device, progress)
+            frames, worst = compute(engine, lesson, np.arange(start, end), device, progress)
             write_shard(folder / shards.name(missing[number]), {**header, **worst, "start": start, "end": end}, frames)
     if distributed.rank() == 0:
+        if shards.missing():
+            raise UserError(
+                f"{folder}: shards that other ranks wrote are not here. --workdir must lie on a file system that all "
+                "nodes share."
+            )
         for stray in set(folder.glob("*.kit")) - {folder / shards.name(number) for number in range(len(shards))}:
             stray.unlink()  # the last, partial shard of a shorter run
         facts = {"positions": lesson.positions, "positions_per_shard": lesson.positions_per_shard, "k": lesson.k,
@@ -92,18 +99,40 @@ def complete(folder: Path, positions: int) -> bool:
     )
 
 
-def inference_engine(lesson: Lesson, device: torch.device) -> LanguageModel:
-    """The teacher under DeepSpeed inference."""
+def inference_engine(lesson: Lesson, device: torch.device) -> Any:
+    """The teacher under DeepSpeed inference; called as a `Predictor`."""
     import deepspeed
 
     model = LanguageModel(lesson.load().eval(), lesson.vocabulary, lesson.teacher_name)
-    engine = deepspeed.init_inference(model, dtype=torch.float32, replace_with_kernel_inject=False)
-    return engine.module.to(device)
+    predictor = Predictor(model).to(device)
+    return deepspeed.init_inference(predictor, dtype=torch.float32, replace_with_kernel_inject=False)
+
+
+class Predictor(nn.Module):
+    """What a teacher says at given positions."""
+
+    def __init__(self, model: LanguageModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, input_ids_BS: Tensor, rows_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+        """ids [N, K], their log-probabilities [N, K] and the true token's [N]; a bounded number of logits at a time."""
+        hidden_ND = self.model.hidden(input_ids_BS, rows_N)
+        weight, bias = self.model.head.parameters_VD()
+        size = max(LOGIT_BYTES // (4 * weight.shape[0]), 1)
+        parts = []
+        for start in range(0, max(len(hidden_ND), 1), size):
+            logits = torch.nn.functional.linear(hidden_ND[start : start + size], weight, bias)
+            ids, logp, normaliser = select.top_k(logits, k)
+            truth = logits.gather(1, labels_N[start : start + size, None]).squeeze(1).float() - normaliser
+            parts.append((ids, logp, truth))
+        ids_NK, logp_NK, truth_N = (torch.cat(column) for column in zip(*parts, strict=True))
+        return ids_NK, logp_NK, truth_N
 
 
 @torch.inference_mode()
 def compute(
-    model: LanguageModel, lesson: Lesson, positions: np.ndarray, device: torch.device, progress: Progress
+    engine: Any, lesson: Lesson, positions: np.ndarray, device: torch.device, progress: Progress
 ) -> tuple[list[Frame], dict[str, float]]:
     """The frames of the given positions, and the mean and largest distortion of their targets in nats.
 
@@ -116,9 +145,11 @@ def compute(
         sequences, views = lesson.stream.pairs(positions[begin : begin + MICRO_BATCH])
         view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
         rows = np.flatnonzero(view.targets_BS)
-        hidden = model.hidden(torch.from_numpy(view.inputs_BS).long().to(device), torch.from_numpy(rows).to(device))
-        labels = torch.from_numpy(view.labels_BS.reshape(-1)[rows]).long().to(device)
-        ids, logp, truth = predictions(model, hidden, labels, lesson.k)
+        labels = view.labels_BS.reshape(-1)[rows]
+        given = (
+            torch.from_numpy(x).to(device) for x in (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64))
+        )
+        ids, logp, truth = (x.cpu().numpy() for x in engine(*given, lesson.k))
         if not np.isfinite(truth).all():
             raise UserError(
                 f"models.{lesson.teacher_name}: a prediction is not finite at stream position "
@@ -132,21 +163,3 @@ def compute(
         progress.advance(len(sequences))
     every = np.concatenate(distortions)
     return frames, {"distortion_mean": float(every.mean()), "distortion_max": float(every.max())} if len(every) else {}
-
-
-def predictions(
-    model: LanguageModel, hidden_ND: torch.Tensor, labels_N: torch.Tensor, k: int
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """ids [N, K], log-probabilities [N, K] and the true token's [N], a bounded number of logits at a time."""
-    weight, bias = model.head.parameters_VD()
-    rows = max(LOGIT_BYTES // (4 * weight.shape[0]), 1)
-    parts = []
-    for start in range(0, len(hidden_ND), rows):
-        logits = torch.nn.functional.linear(hidden_ND[start : start + rows], weight, bias)
-        ids, logp, normaliser = select.top_k(logits, k)
-        truth = logits.gather(1, labels_N[start : start + rows, None]).squeeze(1).float() - normaliser
-        parts.append([x.cpu().numpy() for x in (ids, logp, truth)])
-    if not parts:
-        return np.zeros((0, k), np.int64), np.zeros((0, k), np.float32), np.zeros(0, np.float32)
-    ids_nK, logp_nK, truth_n = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return ids_nK, logp_nK, truth_n

@@ -61,6 +61,7 @@ def run(
     main = distributed.rank() == 0
     metrics = Metrics(folder, first) if main else None
     seconds, skipped = metrics.seconds if metrics else 0.0, 0
+    engine.deepspeed.train()  # a loaded model comes in evaluation mode, without dropout
     with Progress(f"train {folder.name}", train.steps, "steps", first, main) as progress:
         step = first
         while step < train.steps:
@@ -73,7 +74,7 @@ def run(
             seconds += time.monotonic() - began
             skipped = 0 if applied else skipped + 1
             if skipped > MOST_SKIPPED:
-                raise not_finite(course, step, folder.name)
+                raise not_finite(course, step, folder.name, engine.fp16)
             if not applied and engine.fp16:
                 continue  # the loss scale is lower now: the same step again
             step += 1
@@ -128,10 +129,10 @@ def evaluate(model: Callable[..., Any], course: Course, micro_batch: int, device
     return found
 
 
-def not_finite(course: Course, step: int, name: str) -> UserError:
-    """The error of a run that diverged."""
+def not_finite(course: Course, step: int, name: str, again: bool) -> UserError:
+    """The error of a run that diverged; `again`: the same step was tried over and over."""
     size = course.train.batch_size
-    begin = (step - MOST_SKIPPED) * size
+    begin = (step if again else step - MOST_SKIPPED) * size
     return UserError(
         f"models.{name}: loss or gradient was not finite in {MOST_SKIPPED + 1} steps in a row, the last being step "
         f"{step}, stream positions {begin} to {(step + 1) * size}. Lower train.learning_rate (now "

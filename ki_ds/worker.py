@@ -16,12 +16,23 @@ from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
 from ki_ds.engine import Engine
 from ki_ds.errors import UserError
-from ki_ds.graph import Stage
+from ki_ds.graph import Stage, stages
 from ki_ds.models import LanguageModel
 from ki_ds.perplexity import perplexity, validate
-from ki_ds.progress import Progress, duration, say
+from ki_ds.progress import Progress, duration, finite, read_metrics, say
 from ki_ds.report import report
-from ki_ds.sealed import Identity, Manifest, digest, file_digest, prepare, seal, versions, write_atomically
+from ki_ds.sealed import (
+    MANIFEST,
+    Identity,
+    Manifest,
+    check_identity,
+    digest,
+    file_digest,
+    prepare,
+    seal,
+    versions,
+    write_atomically,
+)
 from ki_ds.workspace import Workspace
 
 EVALUATION_MICRO_BATCH = 16  # sequences
@@ -38,6 +49,9 @@ def work(stage: Stage, space: Workspace) -> None:
     if shown:
         say(f"{stage} …")
     if stage.kind == "report":
+        for one in stages(space.experiment):  # show nothing that was made from something else
+            if (space.folder(one) / MANIFEST).exists() and one.kind in ("train", "evaluate"):
+                check_identity(space.folder(one), space.identity(one))
         report(space.experiment, space.root)
     else:
         run[stage.kind](stage, space)
@@ -136,7 +150,9 @@ def training(stage: Stage, space: Workspace) -> None:
     if distributed.rank() == 0:
         space.tokenizer.hugging_face.save_pretrained(folder / "model")
         weights = {file.name: file_digest(file) for file in sorted((folder / "model").glob("*.safetensors"))}
-        seal(folder, identity, {"content": digest(weights), **space.training_facts(name)})
+        skipped = sum(not line["applied"] for line in read_metrics(folder / "metrics.jsonl"))
+        facts = {"content": digest(weights), "skipped_steps": skipped, **space.training_facts(name)}
+        seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
     distributed.barrier()
 
 
@@ -154,9 +170,10 @@ def evaluation(stage: Stage, space: Workspace) -> None:
         nats, targets = validate(
             model, space.tokens(name).validation, space.viewer(name), EVALUATION_MICRO_BATCH, device
         )
-        found[name] = {"perplexity": perplexity(nats, targets), "nats": nats / max(targets, 1), "targets": targets}
+        mean = nats / max(targets, 1)
+        found[name] = {"perplexity": finite(perplexity(nats, targets)), "nats": finite(mean), "targets": targets}
     if distributed.rank() == 0:
-        text = json.dumps({"model": stage.name, "corpora": found}, indent=1)
+        text = json.dumps({"model": stage.name, "corpora": found}, indent=1, allow_nan=False)
         write_atomically(folder / "perplexity.json", text.encode())
         seal(folder, identity, {})
     distributed.barrier()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from functools import cache, cached_property
 from pathlib import Path
@@ -23,6 +24,7 @@ from ki_ds.sealed import MANIFEST, Identity, digest, file_digest, open_sealed, r
 from ki_ds.strict import read_json
 from ki_ds.targets.shard import ShardFolder
 
+SAMPLE_BYTES = 1 << 16
 # what of "train" does not change the result, only when it is looked at or how it is cut for memory
 NOT_SHAPING = {"micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
 
@@ -228,7 +230,8 @@ class Workspace:
             if isinstance(source, FileSource):
                 try:
                     place = f"corpora.{name}.sources.{index}"
-                    found += [[Path(path).name, size] for path, size in files(source, self.bases, place)]
+                    listed = files(source, self.bases, place)
+                    found += [[Path(path).name, size, sample_digest(Path(path))] for path, size in listed]
                 except UserError:
                     if not (self.folder(stage) / MANIFEST).exists():
                         raise
@@ -253,7 +256,8 @@ class Workspace:
             inputs["pretrained"] = pretrained_digest(self.model_or_name(model.pretrained))
         for corpus, teacher in (model.inherit.teachers if model.inherit else {}).items():
             stage = Stage("teach", targets_name(teacher, corpus))
-            inputs[stage.folder] = open_sealed(self.folder(stage)).digest
+            # not opened: a shard that is missing is found, and computed, when the stage itself runs
+            inputs[stage.folder] = str(read_manifest(self.folder(stage))["fingerprint"])
         return Identity("train", config, inputs)
 
     # ------------------------------------------------------------------------------------------------- costs
@@ -340,6 +344,7 @@ class Workspace:
         return [tokenizer, *everything, *(finished(stage.name) if stage.kind == "evaluate" else [])]
 
 
+@cache
 def pretrained_digest(source: str) -> str:
     """Of a model folder: its weights and configuration; of a name on the hub: the name."""
     folder = Path(source)
@@ -347,3 +352,13 @@ def pretrained_digest(source: str) -> str:
         return digest({"hub": source})
     files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
     return digest({file.name: file_digest(file) for file in files if file.exists()})
+
+
+def sample_digest(path: Path) -> str:
+    """Of a local file's first and last 64 KiB, which most changes touch; empty for other file systems."""
+    if not path.is_file():
+        return ""
+    with path.open("rb") as file:
+        first = file.read(SAMPLE_BYTES)
+        file.seek(max(path.stat().st_size - SAMPLE_BYTES, 0))
+        return hashlib.sha256(first + file.read(SAMPLE_BYTES)).hexdigest()[:16]

@@ -4,7 +4,7 @@
 ki_ds_setup() { # ki_ds_setup EXTRAS
     local extras=$1 root python candidate stamp want
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
-    if [ ! -x "$root/.venv/bin/python" ]; then
+    if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or its making was interrupted
         for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
             if "$candidate" -c 'import sys, venv, ensurepip; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
                 python=$candidate
@@ -16,7 +16,7 @@ ki_ds_setup() { # ki_ds_setup EXTRAS
                 "or name one: PYTHON=/path/to/python3.11 $0" >&2
             return 2
         fi
-        "$python" -m venv "$root/.venv" || return 1
+        "$python" -m venv --clear "$root/.venv" || return 1
     fi
     stamp=$root/.venv/ki_ds-$extras.stamp
     want=$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" | cksum)

@@ -19,7 +19,7 @@ def command(*arguments):
 
 def environment():
     """This process's environment without what makes it a rank."""
-    return {key: value for key, value in os.environ.items() if key not in LAUNCHER and key != "OMP_NUM_THREADS"}
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHER}
 
 
 def ki_ds(*arguments, code=0, cwd=None):
@@ -31,8 +31,11 @@ def ki_ds(*arguments, code=0, cwd=None):
     return done.stdout
 
 
-def killed(*arguments, when, timeout_s=120):
-    """Start ki-ds, and SIGKILL it with everything it started as soon as `when()` holds."""
+def killed(*arguments, when, alone=False, timeout_s=120):
+    """Start ki-ds, and SIGKILL it as soon as `when()` holds: with everything it started, or `alone`.
+
+    Returns the processes that it had started.
+    """
     process = subprocess.Popen(command(*arguments), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     limit = time.monotonic() + timeout_s
     try:
@@ -41,11 +44,13 @@ def killed(*arguments, when, timeout_s=120):
             assert time.monotonic() < limit, "never came to the point where it was to be killed"
             time.sleep(0.005)
     finally:
-        for one in [process.pid, *descendants(process.pid)]:
+        started = descendants(process.pid)
+        for one in [process.pid, *([] if alone else started)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(one, signal.SIGKILL)
         process.wait()
         process.stdout.close()
+    return started
 
 
 def descendants(pid):
@@ -64,6 +69,14 @@ def descendants(pid):
             found.append(child)
             pending.append(child)
     return found
+
+
+def alive(pid):
+    """Whether a process runs, and is not merely unreaped."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
 
 
 def folder_digest(folder):

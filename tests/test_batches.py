@@ -203,7 +203,7 @@ def test_alpha_zero_reads_no_shard(tmp_path):
     batches = loader(world).load(3, 0.0)
     assert all(batch.targets is None and batch.alpha_N is None for batch in batches)
     assert [row[:3] for row in rows_of(batches)] == [row[:3] for row in expected_rows(world, 3, 8, 0.0)]
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match="is missing"):
         loader(world).load(3, 0.1)
 
 

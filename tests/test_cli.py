@@ -11,6 +11,7 @@ import pytest
 from launching import ki_ds, write
 
 from ki_ds.cli import main
+from ki_ds.distributed import free_port
 
 TRAIN = {"on": {"a": 1.0}, "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "dropout": 0.0}
 TEXT = "\n\n".join(
@@ -268,7 +269,7 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path):
     good = shard.read_bytes()
 
     def student(code):
-        return ki_ds("train", file, "--workdir", work, code=code)
+        return ki_ds("worker", "train", file, "--workdir", work, code=code)
 
     shard.write_bytes(good[:500] + bytes([good[500] ^ 8]) + good[501:])
     said = student(2)
@@ -278,12 +279,15 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path):
     shard.write_bytes(good[:-10])
     assert "bytes, but the manifest says" in student(2)
     shard.unlink()
-    assert "is not finished" in student(2)
-    ki_ds("teach", file, "--workdir", work)  # just that shard is computed anew
+    assert "is missing" in student(2)
+    status = ki_ds("status", file, "--workdir", work)
+    assert "begun                          teach t@a" in status
+    assert "is not finished" in ki_ds("train", file, "--workdir", work, code=2)
+    ki_ds("worker", "teach", file, "--workdir", work)  # just that shard is computed anew
     assert shard.read_bytes() == good
     # targets of another seed, put in this one's place: the manifest is made to agree, the digests do not
     ki_ds("corpus", file, "--workdir", tmp_path / "other", "--set", "seed=2")
-    ki_ds("teach", file, "--workdir", tmp_path / "other", "--set", "seed=2")
+    ki_ds("worker", "teach", file, "--workdir", tmp_path / "other", "--set", "seed=2")
     for one in (tmp_path / "other" / "targets" / "t@a").glob("*.kit"):
         shutil.copy(one, folder / one.name)
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -308,7 +312,7 @@ def test_ranks_that_differ_are_noticed(tmp_path):
     )
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
     done = subprocess.run(
-        [*launcher, "--master_port", "29741", str(script)], capture_output=True, text=True,
+        [*launcher, "--master_port", str(free_port()), str(script)], capture_output=True, text=True,
         env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert done.returncode == 2
@@ -329,6 +333,8 @@ def test_wrong_options_exit_with_two(tmp_path, capsys):
 
 
 def test_host_files(tmp_path, refused):
+    (tmp_path / "hosts").write_bytes(b"\xff\xfe")
+    assert "hosts: cannot be read" in refused(experiment(), "--hostfile", tmp_path / "hosts")
     (tmp_path / "hosts").write_text("node1 slots=4\nnode2 slots=four\n")
     said = refused(experiment(), "--hostfile", tmp_path / "hosts")
     assert "hosts:2: found 'node2 slots=four'; expected `hostname slots=N`" in said

@@ -33,13 +33,14 @@ def settings(**changes):
     return Train(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0, **changes)
 
 
-def new_engine(stage, **changes):
-    """Two micro-batches a step."""
+def new_engine(stage, half=False, **changes):
+    """Two micro-batches a step; `half` for bf16."""
     config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
     models.set_dropout(config, 0.0)
     student = LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
     plan = Plan(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
-    return Engine(student, settings(**changes), plan, {"zero_optimization": {"stage": stage}})
+    given = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
+    return Engine(student, settings(**changes), plan, given)
 
 
 def batch(step, size=2):
@@ -120,47 +121,70 @@ def test_accumulated_micro_batches_equal_plain_torch(stage):
 
 
 def test_bf16_trains_at_stage_one():
-    config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
-    student = LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
-    given = {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}
-    one = Engine(student, settings(), Plan(4, 2, 0, 1), given)
+    one = new_engine(1, half=True)
     losses = [step(one, 0)[0]["loss"] for _ in range(12)]
     assert losses[-1] < losses[0] - 0.5
+
+
+class Loader:
+    plan = Plan(4, 2, 0, 1)
+
+    def __call__(self, number, alpha, next_alpha):
+        return batch(number)
+
+    def close(self):
+        pass
+
+
+def test_dropout_is_on_from_the_first_step_of_a_loaded_model(tmp_path):
+    """A model that comes in evaluation mode, as loaded ones do, is trained with its dropout."""
+    one = new_engine(0)
+    one.deepspeed.module.eval()
+    modes = []
+    one.deepspeed.module.backbone.register_forward_pre_hook(lambda module, _: modes.append(module.training))
+    train.run(one, Loader(), course(evaluate_every=5), tmp_path, {}, torch.device("cpu"))
+    assert len(modes) == 40
+    assert all(modes)
+
+
+def test_validation_computes_no_gradient():
+    from ki_ds.kernels import chunked
+
+    seen = []
+    original = chunked._chunk
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(chunked, "_chunk", lambda *given: seen.append(given[-1]) or original(*given))
+        one = new_engine(0)
+        with torch.no_grad():
+            one.deepspeed(*batch(0)[0].to(torch.device("cpu")), 1.0)
+        one.deepspeed(*batch(0)[0].to(torch.device("cpu")), 1.0)
+    assert seen == [False, True]
 
 
 def test_a_run_of_bad_steps_stops_and_names_the_positions(tmp_path):
     one = new_engine(1)
     one.deepspeed.module.head.register_forward_pre_hook(lambda _m, a: (a[0] * float("inf"), *a[1:]))
 
-    class Loader:
-        plan = Plan(4, 2, 0, 1)
-
-        def __call__(self, number, alpha, next_alpha):
-            return batch(number)
-
-        def close(self):
-            pass
-
     with pytest.raises(UserError, match=r"11 steps in a row.*step 10, stream positions 0 to 44.*learning_rate"):
         train.run(one, Loader(), course(), tmp_path, {"fingerprint": "x"}, torch.device("cpu"))
 
 
-@pytest.mark.parametrize("stage", STAGES)
-def test_checkpoints_are_kept_resumed_and_named_last(stage, tmp_path):
-    one = new_engine(stage)
+@pytest.mark.parametrize(("stage", "half"), [*((stage, False) for stage in STAGES), (1, True), (2, True), (3, True)])
+def test_checkpoints_are_kept_resumed_and_named_last(stage, half, tmp_path):
+    one = new_engine(stage, half)
     for number in range(4):
         step(one, number)
         one.save(tmp_path, number + 1, keep=2, state={"step": number + 1, "state": {"fingerprint": "x"}})
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
     assert (tmp_path / "latest").read_text() == "step-00000004"
-    two = new_engine(stage)
+    two = new_engine(stage, half)
     assert two.resume(tmp_path, {"fingerprint": "x"}) == 4
     for this in (one, two):
         step(this, 9)
     for mine, theirs in zip(weights(one), weights(two), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     with pytest.raises(UserError, match="belongs to another run"):
-        new_engine(stage).resume(tmp_path, {"fingerprint": "y"})
+        new_engine(stage, half).resume(tmp_path, {"fingerprint": "y"})
 
 
 def test_truncated_checkpoint_names_the_one_before(tmp_path):
@@ -199,6 +223,11 @@ def test_learning_rate_rises_and_falls_linearly():
         ({"optimizer": {"type": "Adam"}}, "optimizer: the experiment owns"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
         ({"bf16": {"enabled": True}}, "ZeRO stage 0"),
+        ({"zero_optimisation": {"stage": 3}}, 'unknown key.*did you mean "zero_optimization"'),
+        ({"fp16": True}, "fp16: found true; expected an object"),
+        ({"bf16": {"enable": True}}, '"enabled" is missing'),
+        ({"zero_optimization": {"stage": 7}}, "stage: found 7; allowed: 0, 1, 2, 3"),
+        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload is not supported"),
     ],
 )
 def test_engine_json_that_cannot_be_meant_is_refused(config, message):

@@ -2,13 +2,18 @@
 
 import json
 import shutil
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launching import folder_digest, ki_ds, killed, metrics, write
+from launching import alive, environment, folder_digest, ki_ds, killed, metrics, write
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
+
+from ki_ds.distributed import free_port
 
 TRAIN = {"steps": 10, "batch_size": 8, "learning_rate": 5e-3, "dropout": 0.0}
 
@@ -213,6 +218,22 @@ def test_no_pickle_travels(graph):
             assert path.suffix in allowed, path
 
 
+def test_report_of_another_experiment_is_refused(graph):
+    file, work, _ = graph
+    said = ki_ds("report", file, "--workdir", work, "--set", "models.g2.train.learning_rate=0.5", code=2)
+    assert "models/g2: made from another experiment" in said
+    assert "learning_rate: found 0.005, expected 0.5" in said
+
+
+def test_finished_models_do_without_their_checkpoints(graph, tmp_path):
+    file, work, _ = graph
+    shutil.copytree(work, tmp_path / "work")
+    for folder in (tmp_path / "work" / "models").iterdir():
+        shutil.rmtree(folder / "checkpoints")
+        shutil.rmtree(folder / "tensorboard")
+    assert "done before" in ki_ds("run", file, "--workdir", tmp_path / "work")
+
+
 def test_status_and_plan(graph):
     file, work, _ = graph
     output = ki_ds("status", file, "--workdir", work)
@@ -242,7 +263,7 @@ def test_two_ranks_equal_one(masked, tmp_path):
     runs = {}
     for processes in (1, 2):
         here = copy_without(work, tmp_path / str(processes), "student")
-        ki_ds("run", file, "--workdir", here, "--processes", processes, *off, "--only", "train")
+        ki_ds("train", file, "--workdir", here, "--processes", processes, *off)
         runs[processes] = metrics(here / "models" / "student")
     for one, two in zip(runs[1], runs[2], strict=True):
         for key in ("loss", "ce", "kl", "gradient_norm"):
@@ -255,15 +276,22 @@ def test_killed_training_continues_the_very_same_run(masked, tmp_path):
     file, work = masked
     here = copy_without(work, tmp_path / "work", "student")
     checkpoints = here / "models" / "student" / "checkpoints"
-    for tag in ("step-00000008", "step-00000020"):
-        killed(
-            "train", file, "--workdir", here, "--name", "student",
-            when=lambda tag=tag: (checkpoints / "latest").exists() and (checkpoints / "latest").read_text() >= tag,
-        )  # fmt: skip
-        assert not (here / "models" / "student" / "manifest.json").exists()
+
+    def reached(tag):
+        return (checkpoints / "latest").exists() and (checkpoints / "latest").read_text() >= tag
+
+    arguments = (file, "--workdir", here, "--name", "student")
+    started = killed("train", *arguments, when=lambda: reached("step-00000008"), alone=True)
+    assert len(started) >= 3  # the launcher's two processes and the rank: none outlives the command
+    limit = time.monotonic() + 30
+    while any(alive(pid) for pid in started):
+        assert time.monotonic() < limit, "ranks go on without the command that started them"
+        time.sleep(0.2)
+    killed("worker", "train", *arguments, when=lambda: reached("step-00000020"))
+    assert not (here / "models" / "student" / "manifest.json").exists()
     # a save that was cut off: the run must go on from the one named by `latest`
     (checkpoints / "step-99999999").mkdir()
-    ki_ds("train", file, "--workdir", here, "--name", "student")
+    ki_ds("worker", "train", *arguments)
     whole, resumed = metrics(work / "models" / "student"), metrics(here / "models" / "student")
     for one, two in zip(whole, resumed, strict=True):
         for key in ("step", "loss", "ce", "kl", "alpha", "gradient_norm", "validation"):
@@ -279,10 +307,18 @@ def test_teach_killed_three_times_is_byte_identical(masked, tmp_path):
     whole, broken = (copy_without(work, tmp_path / name, "student") for name in ("whole", "broken"))
     for folder in (whole, broken):
         shutil.rmtree(folder / "targets")
-    ki_ds("teach", file, "--workdir", whole, *more)
+    ki_ds("worker", "teach", file, "--workdir", whole, *more)
     targets = broken / "targets" / "teacher@a"
     for count in (1, 6, 12):
-        killed("teach", file, "--workdir", broken, *more, when=lambda n=count: len(list(targets.glob("*.kit"))) >= n)
+        killed(
+            "worker",
+            "teach",
+            file,
+            "--workdir",
+            broken,
+            *more,
+            when=lambda n=count: len(list(targets.glob("*.kit"))) >= n,
+        )
         assert not (targets / "manifest.json").exists()
     ki_ds("teach", file, "--workdir", broken, *more, "--processes", 2)
     assert folder_digest(targets) == folder_digest(whole / "targets" / "teacher@a")
@@ -294,22 +330,17 @@ def test_longer_run_appends_to_its_targets(masked, tmp_path):
     here = copy_without(work, tmp_path / "work", "student")
     folder = here / "targets" / "teacher@a"
     before = {path.name: path.read_bytes() for path in folder.glob("*.kit")}
-    ki_ds("teach", file, "--workdir", here, "--set", "models.student.train.steps=60")
+    ki_ds("worker", "teach", file, "--workdir", here, "--set", "models.student.train.steps=60")
     after = {path.name: path.read_bytes() for path in folder.glob("*.kit")}
     assert len(before) == 10 < len(after) == 15
     assert before.items() <= after.items()
 
 
 def test_runner_scripts_work_under_the_launcher_directly(masked, tmp_path):
-    import subprocess
-    import sys
-
-    from launching import environment
-
     file, work = masked
     here = copy_without(work, tmp_path / "work")
     runner = Path(__file__).parent.parent / "runners" / "evaluate.py"
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", "29731"]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", "--master_port", str(free_port())]
     done = subprocess.run(
         [*launcher, str(runner), str(file), "--workdir", str(here)],
         env=environment() | {"DS_ACCELERATOR": "cpu"}, capture_output=True, text=True,

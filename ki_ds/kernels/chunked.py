@@ -32,7 +32,8 @@ def ki_loss_chunked(
     temperature: float,
 ) -> KILoss:
     """Chunk by chunk; arguments as in `ki_ds.kernels.ki_loss`."""
-    return KILoss(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, targets, alpha_N, temperature))
+    differentiate = torch.is_grad_enabled()  # inside `forward` it is always off
+    return KILoss(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, targets, alpha_N, temperature, differentiate))
 
 
 class _Chunked(torch.autograd.Function):
@@ -46,10 +47,11 @@ class _Chunked(torch.autograd.Function):
         targets: PackedTargets | None,
         alpha: Tensor | None,
         temperature: float,
+        differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         rows = max(CHUNK_BYTES // (weight.shape[0] * wide.itemsize), 16)
-        wanted = ctx.needs_input_grad
+        wanted = [differentiate and needed for needed in ctx.needs_input_grad]
         grad_hidden = torch.zeros_like(hidden, dtype=wide) if wanted[0] else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
         grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
@@ -82,7 +84,7 @@ class _Chunked(torch.autograd.Function):
             None if gradient is None else (gradient * grad_loss).to(dtype)
             for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def _chunk(

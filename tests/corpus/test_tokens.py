@@ -342,7 +342,9 @@ def test_a_corpus_without_validation_names_the_share(corpus):
     with pytest.raises(UserError) as raised:
         corpus(texts(50), validation=1e-9)
     assert "give no validation sequence of 16 tokens" in str(raised.value)
-    assert "or a larger corpora.wb.validation (now 1e-09) or a smaller sequence_length" in str(raised.value)
+    assert "Expected more text, a larger corpora.wb.validation (now 1e-09) or a smaller sequence_length" in str(
+        raised.value
+    )
 
 
 def test_a_corpus_too_short_for_the_sequence_length(corpus):

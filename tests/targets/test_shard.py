@@ -167,8 +167,8 @@ def test_bytes_added_or_taken_out_are_refused(small):
 
 
 def test_missing_file_and_folder_in_its_place(tmp_path):
-    for path in (tmp_path / "absent.kit", tmp_path):
-        with pytest.raises(UserError, match="cannot be read"):
+    for path, message in ((tmp_path / "absent.kit", "is missing"), (tmp_path, "cannot be read")):
+        with pytest.raises(UserError, match=message):
             Shard(path)
 
 
@@ -414,5 +414,5 @@ def test_few_shards_stay_open_and_are_not_opened_twice(folder, monkeypatch):
 
 def test_shard_renamed_to_another_range_is_refused(folder):
     (folder / shard_name(0, 4)).replace(folder / shard_name(4, 8))
-    with pytest.raises(UserError, match="holds positions 0 to 4, asked for 5"):
+    with pytest.raises(UserError, match="its header gives start = 0, expected 4"):
         ShardFolder(folder, 10, 4).frame(5)
