@@ -11,11 +11,17 @@ import torch
 
 from ki_ds import distributed
 from ki_ds.corpus.masking import VALIDATION_VIEW, Viewer
+from ki_ds.progress import Progress
 
 
 @torch.no_grad()
 def validate(
-    model: Callable[..., Any], tokens: np.ndarray, viewer: Viewer, micro_batch: int, device: torch.device
+    model: Callable[..., Any],
+    tokens: np.ndarray,
+    viewer: Viewer,
+    micro_batch: int,
+    device: torch.device,
+    progress: Progress | None = None,
 ) -> tuple[float, int]:
     """Cross-entropy over a validation part under its fixed view; every rank calls this.
 
@@ -44,6 +50,8 @@ def validate(
         )
         if mine:
             total += torch.tensor([float(result.ce), len(rows)], dtype=torch.float64)
+        if progress is not None:
+            progress.advance(min(micro_batch * world, len(tokens) - start))
     on_device = total.to(device) if device.type != "cpu" else total
     nats, targets = distributed.all_sum(on_device).tolist()
     return nats, int(targets)

@@ -166,12 +166,13 @@ def evaluation(stage: Stage, space: Workspace) -> None:
         device
     )
     found = {}
-    for name in e.corpora:
-        nats, targets = validate(
-            model, space.tokens(name).validation, space.viewer(name), EVALUATION_MICRO_BATCH, device
-        )
-        mean = nats / max(targets, 1)
-        found[name] = {"perplexity": finite(perplexity(nats, targets)), "nats": finite(mean), "targets": targets}
+    total = sum(len(space.tokens(name).validation) for name in e.corpora)
+    with Progress(f"evaluate {stage.name}", total, "sequences", 0, distributed.rank() == 0) as progress:
+        for name in e.corpora:
+            part, viewer = space.tokens(name).validation, space.viewer(name)
+            nats, targets = validate(model, part, viewer, EVALUATION_MICRO_BATCH, device, progress)
+            mean = nats / max(targets, 1)
+            found[name] = {"perplexity": finite(perplexity(nats, targets)), "nats": finite(mean), "targets": targets}
     if distributed.rank() == 0:
         text = json.dumps({"model": stage.name, "corpora": found}, indent=1, allow_nan=False)
         write_atomically(folder / "perplexity.json", text.encode())
