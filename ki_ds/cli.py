@@ -13,8 +13,8 @@ import typer
 
 from ki_ds import __version__, distributed
 from ki_ds.errors import StageFailed, UserError
-from ki_ds.experiment import Experiment, load_experiment
-from ki_ds.graph import stages
+from ki_ds.experiment import Experiment
+from ki_ds.graph import load_experiment, stages
 from ki_ds.progress import duration, say
 from ki_ds.sealed import remedy
 

@@ -1,19 +1,17 @@
 """The experiment file: JSON, read once and strictly into typed, frozen objects.
 
-Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. References between the parts
-(the graph of models) are checked by `ki_ds.graph`.
+Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. `ki_ds.graph` reads the file and
+checks the references between its parts.
 """
 
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
-from ki_ds.errors import UserError, nearest
-from ki_ds.strict import Strict, assignment, merge_patch, parse, read_json
+from ki_ds.strict import Strict
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -273,37 +271,3 @@ class Experiment(Strict):
         """The seed of a model's initial weights and dropout."""
         seed = self.models[name].seed
         return self.seed if seed is None else seed
-
-
-# ---------------------------------------------------------------------------------------------------- reading
-
-
-def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, ...] = ()) -> Experiment:
-    """Read an experiment file, apply a scale and `key=value` settings, check types and references.
-
-    Raises:
-        UserError: with the JSON path of every problem found.
-    """
-    from ki_ds.graph import check  # the graph's checks need the types above
-
-    data = read_json(path)
-    if not isinstance(data, dict):
-        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
-    if scale is not None:
-        scales = data.get("scales", {})
-        known = list(scales) if isinstance(scales, dict) else []
-        if scale not in known:
-            listed = ", ".join(known) or "none"
-            raise UserError(
-                f'{path}: scales: there is no scale "{scale}"; the file has {listed}{nearest(scale, known)}'
-            )
-        if not isinstance(scales[scale], dict):
-            raise UserError(f"{path}: scales.{scale}: expected an object, a merge patch over this file")
-        data = merge_patch(data, scales[scale])
-    for setting in settings:
-        data = merge_patch(data, assignment(setting))
-    experiment = parse(Experiment, data, str(path))
-    found = check(experiment)
-    if found:
-        raise UserError("\n".join(f"{path}: {line}" for line in found))
-    return experiment

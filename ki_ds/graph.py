@@ -1,14 +1,45 @@
-"""The graph of models: who starts from whom, who inherits from whom, in which order, over how many positions."""
+"""The experiment as a graph: reading and checking it; who starts and inherits from whom, and in which order stages run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from ki_ds.corpus.stream import Mix
-from ki_ds.errors import nearest
+from ki_ds.errors import UserError, nearest
 from ki_ds.experiment import Experiment, Model
 from ki_ds.inherit import teacher_steps
+from ki_ds.strict import assignment, merge_patch, parse, read_json
+
+
+def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment file, apply a scale and `key=value` settings, check types and references.
+
+    Raises:
+        UserError: with the JSON path of every problem found.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    if scale is not None:
+        scales = data.get("scales", {})
+        known = list(scales) if isinstance(scales, dict) else []
+        if scale not in known:
+            listed = ", ".join(known) or "none"
+            raise UserError(
+                f'{path}: scales: there is no scale "{scale}"; the file has {listed}{nearest(scale, known)}'
+            )
+        if not isinstance(scales[scale], dict):
+            raise UserError(f"{path}: scales.{scale}: expected an object, a merge patch over this file")
+        data = merge_patch(data, scales[scale])
+    for setting in settings:
+        data = merge_patch(data, assignment(setting))
+    experiment = parse(Experiment, data, str(path))
+    found = check(experiment)
+    if found:
+        raise UserError("\n".join(f"{path}: {line}" for line in found))
+    return experiment
 
 
 def check(experiment: Experiment) -> list[str]:

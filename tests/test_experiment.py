@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ki_ds.errors import UserError, nearest
-from ki_ds.experiment import SOURCE_KINDS, Experiment, Inherit, JsonLinesSource, load_experiment
+from ki_ds.experiment import SOURCE_KINDS, Experiment, Inherit, JsonLinesSource
+from ki_ds.graph import load_experiment
 from ki_ds.strict import assignment, merge_patch, parse, read_json
 
 DESIGN = """
