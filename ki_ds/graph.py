@@ -1,4 +1,4 @@
-"""The experiment as a graph: reading and checking it; who starts and inherits from whom, and in which order stages run."""
+"""The experiment as a graph: read and checked; who starts and inherits from whom, in which order stages run."""
 
 from __future__ import annotations
 

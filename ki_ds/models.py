@@ -62,7 +62,7 @@ def configuration(
             vocab_size=tokenizer.size, n_positions=length, n_embd=hidden, n_layer=layers, n_head=heads, n_inner=inner,
             bos_token_id=tokenizer.separator, eos_token_id=tokenizer.separator,
         )  # fmt: skip
-    pad = _pad(tokenizer)
+    pad = _pad(tokenizer, place)
     return RobertaConfig(
         vocab_size=tokenizer.size, max_position_embeddings=length + pad + 1, hidden_size=hidden,
         num_hidden_layers=layers, num_attention_heads=heads, intermediate_size=inner, type_vocab_size=1,
@@ -70,9 +70,14 @@ def configuration(
     )  # fmt: skip
 
 
-def _pad(tokenizer: TextTokenizer) -> int:
+def _pad(tokenizer: TextTokenizer, place: str) -> int:
     pad = tokenizer.hugging_face.pad_token_id
-    return tokenizer.separator if pad is None else pad
+    if pad is None:
+        raise UserError(
+            f"{place}: this architecture counts positions from the padding id, but the tokenizer has none; "
+            "expected another architecture, or a tokenizer with a padding token"
+        )
+    return int(pad)
 
 
 def _inline(given: dict[str, Any], objective: str, tokenizer: TextTokenizer, length: int, place: str) -> Any:
@@ -85,6 +90,7 @@ def _inline(given: dict[str, Any], objective: str, tokenizer: TextTokenizer, len
             + nearest(str(kind), CONFIG_MAPPING.keys())
         )
     try:
+        check_objective(CONFIG_MAPPING[kind](is_decoder=given.get("is_decoder", False)), objective, place)
         config = CONFIG_MAPPING[kind](**_filled(given, CONFIG_MAPPING[kind](), tokenizer, length, place))
         check_objective(config, objective, place)
         _outline(config, objective)  # sizes that do not go together show only here
@@ -112,7 +118,8 @@ def _filled(given: dict[str, Any], default: Any, tokenizer: TextTokenizer, lengt
     }
     positions = default.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     if kind in OFFSET_POSITIONS:
-        owned |= {"pad_token_id": _pad(tokenizer), "max_position_embeddings": length + _pad(tokenizer) + 1}
+        pad = _pad(tokenizer, place)
+        owned |= {"pad_token_id": pad, "max_position_embeddings": length + pad + 1}
     filled = {key: value for key, value in owned.items() if key in allowed}
     if positions in allowed and not given.keys() & {positions, "max_position_embeddings"}:
         filled.setdefault(positions, length)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import site
 import sys
 from functools import cache, cached_property
 from pathlib import Path
@@ -30,7 +31,7 @@ NOT_SHAPING = {"micro_batch_size", "evaluate_every", "checkpoint_every", "keep_c
 
 
 # where ds_configs stands: in a checkout, in an installed package
-SHIPPED = (Path(__file__).parent.parent, Path(sys.prefix) / "share" / "ki_ds")
+SHIPPED = (Path(__file__).parent.parent, *(Path(p) / "share" / "ki_ds" for p in (sys.prefix, site.getuserbase())))
 
 
 class Workspace:
