@@ -90,7 +90,8 @@ def _inline(given: dict[str, Any], objective: str, tokenizer: TextTokenizer, len
             + nearest(str(kind), CONFIG_MAPPING.keys())
         )
     try:
-        check_objective(CONFIG_MAPPING[kind](is_decoder=given.get("is_decoder", False)), objective, place)
+        first = {key: given[key] for key in ("is_decoder",) if key in given}
+        check_objective(CONFIG_MAPPING[kind](**first), objective, place)
         config = CONFIG_MAPPING[kind](**_filled(given, CONFIG_MAPPING[kind](), tokenizer, length, place))
         check_objective(config, objective, place)
         _outline(config, objective)  # sizes that do not go together show only here
