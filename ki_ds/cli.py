@@ -30,6 +30,7 @@ Processes = Annotated[int | None, typer.Option(min=1, help="ranks on this machin
 Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed host file, for several machines")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")]
 Name = Annotated[str | None, typer.Option("--name", help="only this corpus, teacher@corpus or model")]
+PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 ONLY = {
     "corpus": ("tokenizer", "corpus"), "teach": ("teach",), "train": ("train",), "evaluate": ("evaluate",),
     "report": ("report",),
@@ -259,6 +260,12 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except StageFailed as failed:
         raise SystemExit(failed.code) from None
+    except RuntimeError as error:
+        if distributed.world_size() == 1 or not any(sign in str(error) for sign in PEER_GONE):
+            raise
+        print(f"rank {distributed.rank()}: stops, because another rank has ended", file=sys.stderr, flush=True)
+        time.sleep(10)  # the launcher is to see that one's exit code, not this one's
+        raise SystemExit(1) from None
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
             raise
