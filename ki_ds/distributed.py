@@ -60,7 +60,7 @@ def end_with(parent: int) -> None:
                 os.kill(parent, 0)
             except ProcessLookupError:
                 os._exit(1)
-            time.sleep(1)
+            time.sleep(0.2)
 
     threading.Thread(target=watch, daemon=True, name="watch").start()
 
