@@ -5,9 +5,9 @@ B sequences of a micro-batch, S tokens, N target positions.
 
 from __future__ import annotations
 
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -17,9 +17,9 @@ from ki_ds.corpus.masking import View, Viewer
 from ki_ds.corpus.stream import CorpusStream, Mix
 from ki_ds.errors import UserError
 from ki_ds.kernels import PackedTargets
-from ki_ds.targets import codec
-from ki_ds.targets.codec import Planes
-from ki_ds.targets.shard import ShardFolder
+from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.source import Place
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,60 @@ class Plan:
         return np.arange(start, start + self.per_rank)
 
 
-def to_packed(planes: Planes) -> PackedTargets:
-    """Planes as the loss reads them."""
-    high = None if planes.high_nK is None else torch.from_numpy(np.ascontiguousarray(planes.high_nK))
-    return PackedTargets(
-        torch.from_numpy(np.ascontiguousarray(planes.ids_nK).view(np.int16)),
-        high,
-        torch.from_numpy(np.ascontiguousarray(planes.steps_nK)),
-        torch.from_numpy(planes.count_n.astype(np.int32)),
-        codec.QUANTUM,
-    )
+@dataclass(frozen=True)
+class Reading:
+    """What a student reads of its teachers' targets."""
+
+    k: int  # entries of a row; fewer than are stored means the most probable ones
+    tail: str | None  # the scalar with the tail's weight; None: the kept entries are renormalised
+
+
+class Gathered:
+    """Targets of a micro-batch's rows, gathered from the corpora they come from; a row without one has count 0."""
+
+    def __init__(self, rows: int, how: Codec, reading: Reading):
+        self.rows, self.reading, self.quantum = rows, reading, how.quantum
+        self.k = min(reading.k, how.k)
+        self.parts: list[tuple[np.ndarray, Codec, Planes]] = []
+
+    def add(self, rows_M: np.ndarray, how: Codec, planes: Planes) -> None:
+        """Targets of some of the rows."""
+        if how.values == "log-probability" and planes.ids_nK.shape[1] > self.k:
+            planes = how.prefix(planes, self.k)
+        self.parts.append((rows_M, how, planes))
+
+    def packed(self) -> PackedTargets:
+        """As the loss reads them, no wider than the longest row."""
+        width = max([int(planes.count_n.max(initial=0)) for _, _, planes in self.parts] + [1])
+        columns: dict[str, np.ndarray] = {}
+        for rows, how, planes in self.parts:
+            found = {"ids": planes.ids_nK[:, :width], "values": planes.values_nK[:, :width]}
+            found["count"] = planes.count_n.astype(np.int32)
+            if planes.high_nK is not None:
+                found["high"] = planes.high_nK[:, :width]
+            if self.reading.tail is not None:
+                found["tail"] = how.scalar(planes, self.reading.tail)
+            if len(rows) == self.rows:  # every row, in order
+                columns = found
+                break
+            for name, values in found.items():
+                if name not in columns:
+                    columns[name] = np.zeros((self.rows, *values.shape[1:]), values.dtype)
+                columns[name][rows, ...] = values
+        given = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items() if name != "ids"}
+        ids = torch.from_numpy(np.ascontiguousarray(columns["ids"]).view(np.int16))
+        return PackedTargets(ids, given.get("high"), given["values"], given["count"], self.quantum, given.get("tail"))
 
 
 class Loader:
     """Loads the micro-batches of a step, and meanwhile those of the next."""
 
-    def __init__(self, lanes: list[Lane], mix: Mix, plan: Plan, k: int, vocabulary: int):
-        self.lanes, self.mix, self.plan = lanes, mix, plan
-        self.k, self.vocabulary = k, vocabulary
+    def __init__(self, lanes: list[Lane], mix: Mix, plan: Plan, reading: Reading | None = None):
+        """`reading`: where any lane has targets."""
+        self.lanes, self.mix, self.plan, self.reading = lanes, mix, plan, reading
         self.worker = ThreadPoolExecutor(1, thread_name_prefix="loader")
         self.ahead: dict[tuple[int, float], Future[list[MicroBatch]]] = {}
+        self.reading_s = self.waited_s = 0.0  # so far: reading and decoding targets; the training loop waiting for it
 
     def __call__(self, step: int, alpha: float, next_alpha: float) -> list[MicroBatch]:
         """The micro-batches of a step.
@@ -107,7 +141,9 @@ class Loader:
             UserError: a target is damaged, or the teacher saw another input than the student would.
         """
         ready = self.ahead.pop((step, alpha), None) or self.worker.submit(self.load, step, alpha)
+        began = time.perf_counter()
         batches = ready.result()
+        self.waited_s += time.perf_counter() - began
         self.ahead = {(step + 1, next_alpha): self.worker.submit(self.load, step + 1, next_alpha)}
         return batches
 
@@ -127,7 +163,7 @@ class Loader:
         inputs = np.empty((len(positions), length), np.int32)
         asked = np.empty((len(positions), length), bool)
         labels = np.empty((len(positions), length), np.int32)
-        planes: list[Planes | None] = [None] * len(positions)
+        read: list[tuple[np.ndarray, Codec, Planes]] = []
         for number, lane in enumerate(self.lanes):
             here = np.flatnonzero(choice == number)
             if not len(here):
@@ -136,17 +172,15 @@ class Loader:
             view = lane.viewer(lane.tokens[sequences], sequences, views)
             inputs[here], asked[here], labels[here] = view.inputs_BS, view.targets_BS, view.labels_BS
             if alpha > 0 and lane.targets is not None:
-                for index, found in zip(here, self._frames(lane, places[here], view), strict=True):
-                    planes[index] = found
+                read.append((here, lane.targets.codec, self._read(lane, places[here], view)))
         rows = np.flatnonzero(asked)
         packed = alpha_N = None
-        if any(p is not None for p in planes):
-            counts = asked.sum(axis=1)
-            whole = [
-                codec.empty(int(n), self.k, self.vocabulary) if p is None else p
-                for p, n in zip(planes, counts, strict=True)
-            ]
-            packed = to_packed(codec.concatenate(whole))
+        if read:
+            assert self.reading is not None
+            gathered = Gathered(len(rows), read[0][1], self.reading)
+            for here, how, planes in read:
+                gathered.add(np.flatnonzero(np.isin(rows // length, here)), how, planes)
+            packed = gathered.packed()
             alpha_N = torch.from_numpy(np.full(len(rows), alpha, np.float32))
         return MicroBatch(
             torch.from_numpy(
@@ -158,17 +192,21 @@ class Loader:
             alpha_N,
         )
 
-    def _frames(self, lane: Lane, places: np.ndarray, view: View) -> list[Planes]:
+    def _read(self, lane: Lane, places: np.ndarray, view: View) -> Planes:
         assert lane.targets is not None
+        began = time.perf_counter()
         stored = lane.stream.first_positions(places)
-        frames = [lane.targets.frame(int(position)) for position in stored]
-        for frame, digest, position in zip(frames, lane.viewer.digests(view), stored, strict=True):
-            if frame.digest != int(digest):
-                raise misaligned(lane.targets.folder, int(position), lane.name)
-        return [frame.planes.prefix(self.k) for frame in frames]
+        found = lane.targets.read(stored)
+        self.reading_s += time.perf_counter() - began
+        asked = view.targets_BS.sum(axis=1).tolist()
+        seen = lane.viewer.digests(view).tolist()
+        for position, digest, rows, *now in zip(stored.tolist(), found.digests, found.rows, seen, asked, strict=True):
+            if [digest, rows] != now:
+                raise misaligned(lane.targets.folder, position, lane.name)
+        return found.planes
 
 
-def misaligned(folder: Path, position: int, corpus: str) -> UserError:
+def misaligned(folder: Place, position: int, corpus: str) -> UserError:
     """The error of a teacher that saw another input than the student would."""
     return UserError(
         f"{folder}: position {position}: the teacher saw another input than the student is about to see "

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag, field_validator, model_validator
 
 from ki_ds.strict import Strict
+from ki_ds.targets.selection import Selection
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
@@ -173,8 +174,41 @@ class Train(Strict):
 class TargetSettings(Strict):
     """What is kept of a teacher's prediction at each position."""
 
-    select: Literal["top_k"] = "top_k"
-    k: Annotated[int, Field(gt=0, le=1024)] = 100
+    select: Literal["top_k", "top_k_tail", "top_p", "sampled"] = Field(
+        "top_k",
+        description="top_k: renormalised over the k ids (the paper); top_k_tail: all other ids as one more outcome; "
+        "top_p: the smallest set that reaches mass p, renormalised; sampled: counts of random draws",
+    )
+    k: Annotated[int, Field(gt=0, le=1024)] = Field(100, description="ids a position; top_p: at most")
+    p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="top_p: the mass to be reached")
+    draws: Annotated[int, Field(gt=0, le=255)] = Field(50, description="sampled: draws a position, with replacement")
+
+    @model_validator(mode="after")
+    def _belongs(self) -> TargetSettings:
+        own = {"top_p": {"k", "p"}, "sampled": {"draws"}}.get(self.select, {"k"})
+        for name in sorted(self.model_fields_set - own - {"select"}):
+            raise ValueError(f'"{name}" does not belong to "select": "{self.select}", which takes {", ".join(own)}')
+        if self.select == "top_p" and self.p is None:
+            raise ValueError('"top_p" needs "p", the mass to be reached')
+        return self
+
+    def selection(self, temperature: float) -> Selection:
+        """What a targets folder for these settings holds."""
+        if self.select == "sampled":
+            return Selection("sampled", self.draws, temperature=temperature)
+        return Selection("top_p", self.k, p=self.p) if self.p is not None else Selection("top_k", self.k)
+
+    @property
+    def tail(self) -> bool:
+        """Whether the loss reads the tail's mass."""
+        return self.select == "top_k_tail"
+
+
+class Distortion(Strict):
+    """What quantisation may cost: KL(teacher ‖ stored teacher) of a position's kept ids, in nats."""
+
+    mean: Annotated[float, Field(gt=0, le=0.04)] = Field(2e-4, description="over a shard; fixes the quantum")
+    max: Annotated[float, Field(gt=0)] = 2e-3
 
 
 class Inherit(Strict):
@@ -189,7 +223,7 @@ class Inherit(Strict):
     teacher_steps: Positive | None = Field(None, description="steps with alpha > 0; the same as alpha_T = steps / this")
     alpha: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the value of the constant schedule")
     temperature: Annotated[float, Field(gt=0)] = 2.0
-    targets: TargetSettings = TargetSettings()
+    targets: TargetSettings = Field(default_factory=lambda: TargetSettings.model_validate({}))
 
     @model_validator(mode="after")
     def _one_length(self) -> Inherit:
@@ -206,13 +240,18 @@ class Inherit(Strict):
 
 
 class Model(Strict):
-    """Exactly one origin (architecture, start_from, pretrained); trained here, or used as it is."""
+    """Exactly one origin (architecture, start_from, pretrained, targets); trained here, or used as it is."""
 
     architecture: str | dict[str, Any] | None = Field(
         None, description="a name of the table in ki_ds/models.py or an inline Hugging Face configuration"
     )
     start_from: Name | None = Field(None, description="another model of this experiment")
     pretrained: str | None = Field(None, description="a Hugging Face model folder or name")
+    targets: dict[Name, str] | None = Field(
+        None,
+        min_length=1,
+        description="corpus: folder or fsspec URL of predictions made elsewhere; such a model can only teach",
+    )
     padded_vocabulary: bool = Field(
         False, description="the pretrained head has rows beyond the tokenizer's vocabulary, to be left out"
     )
@@ -222,10 +261,13 @@ class Model(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Model:
-        if sum(origin is not None for origin in (self.architecture, self.start_from, self.pretrained)) != 1:
-            raise ValueError('give exactly one of "architecture", "start_from" and "pretrained"')
-        if self.train is None and self.pretrained is None:
-            raise ValueError('only a "pretrained" model can go without "train"')
+        origins = (self.architecture, self.start_from, self.pretrained, self.targets)
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError('give exactly one of "architecture", "start_from", "pretrained" and "targets"')
+        if self.train is None and self.pretrained is None and self.targets is None:
+            raise ValueError('only a model with "pretrained" or "targets" can go without "train"')
+        if self.train is not None and self.targets is not None:
+            raise ValueError('"targets" are predictions of a model made elsewhere; it cannot be trained here')
         if self.train is None and self.inherit is not None:
             raise ValueError('"inherit" needs "train"')
         return self
@@ -250,6 +292,7 @@ class Experiment(Strict):
     corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
     models: Annotated[dict[Name, Model], Field(min_length=1)]
     compare: list[Comparison] = []
+    target_distortion: Distortion = Field(default_factory=lambda: Distortion.model_validate({}))
     engine: str | dict[str, Any] = Field(
         "ds_configs/engine/zero1_fp32.json", description="DeepSpeed JSON: a file, or the configuration itself"
     )

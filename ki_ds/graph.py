@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
 from ki_ds.corpus.stream import Mix
 from ki_ds.errors import UserError, nearest
-from ki_ds.experiment import Experiment, Model
+from ki_ds.experiment import Experiment, Inherit, Model
 from ki_ds.inherit import teacher_steps
 from ki_ds.strict import assignment, merge_patch, parse, read_json
+from ki_ds.targets.selection import Selection
 
 
 def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, ...] = ()) -> Experiment:
@@ -69,6 +70,11 @@ def _model(experiment: Experiment, name: str, model: Model) -> list[str]:
     lines = []
     if model.start_from is not None and model.start_from not in models:
         lines.append(_unknown(f"{place}.start_from", "model", model.start_from, models))
+    elif model.start_from is not None and experiment.models[model.start_from].targets is not None:
+        lines.append(f'{place}.start_from: of "{model.start_from}" there are only predictions ("targets"), no weights')
+    for corpus in model.targets or ():
+        if corpus not in corpora:
+            lines.append(_unknown(f"{place}.targets.{corpus}", "corpus", corpus, corpora))
     if model.pretrained is not None and experiment.tokenizer.train:
         lines.append(
             f"{place}.pretrained: this experiment trains a tokenizer of its own (tokenizer.train), so the ids of "
@@ -90,8 +96,12 @@ def _model(experiment: Experiment, name: str, model: Model) -> list[str]:
             lines.append(_unknown(f"{place}.inherit.from.{corpus}", "corpus in train.on", corpus, list(model.train.on)))
         if teacher not in models:
             lines.append(_unknown(f"{place}.inherit.from.{corpus}", "model", teacher, models))
+            continue
+        stored = experiment.models[teacher].targets
+        if stored is not None and corpus not in stored:
+            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "corpus in its targets", corpus, list(stored)))
     vocabulary = experiment.tokenizer.train and experiment.tokenizer.train.vocabulary_size
-    if vocabulary and inherit.targets.k > vocabulary:
+    if vocabulary and inherit.targets.select != "sampled" and inherit.targets.k > vocabulary:
         lines.append(
             f"{place}.inherit.targets.k: found {inherit.targets.k}; "
             f"expected at most the vocabulary size, {vocabulary} (tokenizer.train.vocabulary_size)"
@@ -181,9 +191,10 @@ class Stage:
         return self.kind if self.kind == self.name else f"{self.kind} {self.name}"
 
 
-def targets_name(teacher: str, corpus: str) -> str:
-    """Name of the targets of a teacher over a corpus."""
-    return f"{teacher}@{corpus}"
+def targets_name(teacher: str, corpus: str, inherit: Inherit) -> str:
+    """Name of the targets of a teacher over a corpus, as a student wants them: teacher@corpus for the top k of any k,
+    teacher@corpus@… for other selections."""
+    return f"{teacher}@{corpus}{inherit.targets.selection(inherit.temperature).suffix}"
 
 
 def stages(experiment: Experiment) -> list[Stage]:
@@ -192,21 +203,50 @@ def stages(experiment: Experiment) -> list[Stage]:
     for name in order(experiment):
         model = experiment.models[name]
         if model.inherit:
-            pairs = [(teacher, corpus) for corpus, teacher in model.inherit.teachers.items()]
-            found += [Stage("teach", targets_name(*pair)) for pair in pairs]
+            found += [Stage("teach", name) for name in taught_by(experiment, model).values() if name]
         if model.train:
             found.append(Stage("train", name))
-    found += [Stage("evaluate", name) for name in order(experiment)]
+    found += [Stage("evaluate", name) for name in order(experiment) if experiment.models[name].targets is None]
     return [*dict.fromkeys(found), Stage("report", "report")]
 
 
-def targets_needed(experiment: Experiment, teacher: str, corpus: str) -> tuple[int, int]:
-    """(positions, k): how far into the corpus's stream, and how many ids, the students of this pair read."""
-    positions = k = 0
+def taught_by(experiment: Experiment, model: Model) -> dict[str, str | None]:
+    """The targets that a student reads on each corpus, by the name of their stage; None: they come from elsewhere."""
+    inherit = model.inherit
+    if inherit is None:
+        return {}
+    return {
+        corpus: None if experiment.models[teacher].targets else targets_name(teacher, corpus, inherit)
+        for corpus, teacher in inherit.teachers.items()
+    }
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What the students of one targets folder read of it."""
+
+    teacher: str
+    corpus: str
+    positions: int  # how far into the corpus's stream; past the last view pairs come again
+    selection: Selection  # with the largest k
+    temperatures: tuple[float, ...]  # at which the tail is stored
+    tails: tuple[float, ...]  # of these, the ones that a loss reads
+
+
+def targets_needed(experiment: Experiment, name: str) -> Needed:
+    """What the targets of a teach stage must hold."""
+    teacher, corpus = name.split("@")[:2]
+    positions, chosen = 0, Selection("top_k", 1)
+    temperatures, tails = set(), set()
     for model in experiment.models.values():
-        if model.train and model.inherit and model.inherit.teachers.get(corpus) == teacher:
-            read = teacher_steps(model.inherit, model.train.steps) * model.train.batch_size
-            mix = Mix(list(model.train.on.values()))
-            positions = max(positions, mix.counts(read)[list(model.train.on).index(corpus)])
-            k = max(k, model.inherit.targets.k)
-    return positions, k
+        inherit = model.inherit
+        if not model.train or not inherit or taught_by(experiment, model).get(corpus) != name:
+            continue
+        mix = Mix(list(model.train.on.values()))
+        read = mix.counts(teacher_steps(inherit, model.train.steps) * model.train.batch_size)
+        positions = max(positions, read[list(model.train.on).index(corpus)])
+        selection = inherit.targets.selection(inherit.temperature)
+        chosen = replace(selection, k=max(selection.k, chosen.k))
+        temperatures.add(inherit.temperature)
+        tails |= {inherit.temperature} if inherit.targets.tail else set()
+    return Needed(teacher, corpus, positions, chosen, tuple(sorted(temperatures)), tuple(sorted(tails)))

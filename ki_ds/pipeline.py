@@ -85,10 +85,10 @@ def preflight(space: Workspace, processes: int) -> None:
         if model.pretrained and config is not None:
             gather(space.check_fit, name, config, tokenizer.size)
             gather(_same_tokenizer, space, name, tokenizer)
-        if model.inherit and model.inherit.targets.k > tokenizer.size:
+        wanted = model.inherit.targets if model.inherit else None
+        if wanted and wanted.select != "sampled" and wanted.k > tokenizer.size:
             lines.append(
-                f"{place}.inherit.targets.k: found {model.inherit.targets.k}; "
-                f"expected at most the vocabulary size, {tokenizer.size}"
+                f"{place}.inherit.targets.k: found {wanted.k}; expected at most the vocabulary size, {tokenizer.size}"
             )
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
@@ -126,14 +126,8 @@ def stage_state(space: Workspace, stage: Stage) -> str:
         return "absent" if state(folder) == "absent" else "unsealed"
     found = state(folder, space.identity(stage))
     if found == "sealed" and stage.kind == "teach":
-        needed, _ = space.target_positions(*_pair(stage))
-        return "sealed" if complete(folder, needed) else "unsealed"
+        return "sealed" if complete(folder, space.needed(stage).positions) else "unsealed"
     return found
-
-
-def _pair(stage: Stage) -> tuple[str, str]:
-    teacher, corpus = stage.name.split("@")
-    return teacher, corpus
 
 
 def plan(space: Workspace) -> list[dict[str, Any]]:
@@ -143,14 +137,15 @@ def plan(space: Workspace) -> list[dict[str, Any]]:
     for stage in stages(e):
         row: dict[str, Any] = {"stage": str(stage), "state": stage_state(space, stage)}
         if stage.kind == "teach":
-            teacher, corpus = _pair(stage)
-            known = stage_state(space, Stage("corpus", corpus)) == "sealed"
-            positions, k = space.target_positions(teacher, corpus) if known else targets_needed(e, teacher, corpus)
-            rows_stored = positions * space.targets_per_sequence()
+            needed = targets_needed(e, stage.name)
+            if stage_state(space, Stage("corpus", needed.corpus)) == "sealed":
+                needed = space.needed(stage)
+            rows_stored = needed.positions * space.targets_per_sequence()
+            per_entry = 4 if tokenizer.size > 1 << 16 else 3  # before zstd
             row |= {
-                "tokens": positions * e.sequence_length,
-                "flops": positions * space.cost(teacher, tokenizer)["flops_per_sequence"],
-                "bytes": rows_stored * (10 + k * (4 if tokenizer.size > 1 << 16 else 3)),  # before zstd
+                "tokens": needed.positions * e.sequence_length,
+                "flops": needed.positions * space.cost(needed.teacher, tokenizer)["flops_per_sequence"],
+                "bytes": rows_stored * (10 + needed.selection.k * per_entry),
             }
         if stage.kind == "train":
             train = e.models[stage.name].train

@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
@@ -74,8 +75,9 @@ def _sha(file: Any) -> str:  # Python 3.10
     return whole.hexdigest()[:32]
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write to a temporary name, flush to disk, rename: the file is whole or absent.
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write bytes, or several one after the other, to a temporary name, flush to disk, rename: the file is whole or
+    absent.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -83,7 +85,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with temporary.open("wb") as file:
-            file.write(data)
+            file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -112,12 +114,28 @@ def sync(path: Path) -> None:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        text = path.read_bytes()
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}). Remove the folder {path.parent} and run again.") from None
-    sealed = {"fingerprint", "facts", "files"} if path.name == MANIFEST else set()
+    return parse_manifest(text, str(path))
+
+
+def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
+    """The content of a manifest, or of `unsealed.json`; `path` is for the error.
+
+    Raises:
+        UserError: it is not one, or of another schema.
+    """
+    folder = path.rpartition("/")[0]
+    try:
+        data = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read ({error}). Remove the folder {folder} and run again.") from None
+    sealed = {"fingerprint", "facts", "files"} if path.endswith(MANIFEST) else set()
     if not isinstance(data, dict) or not {"stage", "schema", "config", "inputs"} | sealed <= data.keys():
-        raise UserError(f"{path}: not a manifest of ki_ds. Remove the folder {path.parent} and run again.")
+        raise UserError(f"{path}: not a manifest of ki_ds. Remove the folder {folder} and run again.")
+    if not all(isinstance(data[key], dict) for key in {"config", "inputs", "facts", "files"} & data.keys()):
+        raise UserError(f"{path}: not a manifest of ki_ds. Remove the folder {folder} and run again.")
     if data["schema"] != SCHEMA:
         raise UserError(
             f"{path}: schema {data['schema']}, but this version of ki_ds reads {SCHEMA}. "

@@ -7,7 +7,9 @@ it, so that an interrupted run continues and ends with the same bytes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,23 +19,30 @@ import torch
 from torch import Tensor, nn
 
 from ki_ds import distributed
-from ki_ds.corpus.masking import Viewer
+from ki_ds.corpus.hashing import counter_hash, derive_key
+from ki_ds.corpus.masking import View, Viewer
 from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
+from ki_ds.experiment import Distortion
 from ki_ds.models import LanguageModel
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, Identity, Manifest, prepare, read_manifest, reopen, seal, state
-from ki_ds.targets import codec, select
-from ki_ds.targets.shard import Frame, ShardFolder, write_shard
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.select import Selected, select
+from ki_ds.targets.selection import Selection
+from ki_ds.targets.shard import Block, pack_block, write_shard
 
 MICRO_BATCH = 16  # sequences
 LOGIT_BYTES = 64 << 20  # of fp32 logits at once
+ENCODERS = 4  # threads that pack and compress while the teacher computes on
+ASIDE = "aside"  # where damaged shards are kept
 
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a teacher is asked: the first `positions` of a corpus's stream, k ids at each target position."""
+    """What a teacher is asked: the first `positions` of a corpus's stream, and what is kept of its answers."""
 
     load: Callable[[], Any]  # the teacher as a Hugging Face model, loaded only where something is missing
     teacher_name: str
@@ -41,16 +50,23 @@ class Lesson:
     stream: CorpusStream
     viewer: Viewer
     positions: int
-    k: int
-    vocabulary: int
     positions_per_shard: int
+    selection: Selection
+    codec: Codec
+    header: dict[str, Any]  # of every shard
+    bound: Distortion
+
+    @property
+    def temperatures(self) -> list[float]:
+        """Where the tail's weight is stored."""
+        return [float(name.removeprefix("tail@")) for name in self.codec.scalars if name.startswith("tail@")]
 
 
 def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device) -> Manifest:
     """Compute what is missing of a targets folder and seal it; every rank calls this.
 
     Raises:
-        UserError: the folder belongs to something else, or the disk is full.
+        UserError: the folder belongs to something else, the disk is full, or the bound on the distortion is not met.
     """
     shards = ShardFolder(folder, lesson.positions, lesson.positions_per_shard)
     sealed = None
@@ -63,8 +79,6 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
         return sealed
     missing = distributed.from_first(shards.missing() if distributed.rank() == 0 else None)
     engine = inference_engine(lesson, device)
-    header = {**identity.record, "k": lesson.k, "vocabulary": lesson.vocabulary, "quantum": codec.QUANTUM,
-              "sequence_length": lesson.tokens.train.shape[1]}  # fmt: skip
     done = (len(shards) - len(missing)) * lesson.positions_per_shard
     shown = distributed.rank() == 0
     with Progress(f"teach {folder.name}", lesson.positions, "sequences", done, shown) as progress:
@@ -72,8 +86,9 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
             progress.reach(done + number * lesson.positions_per_shard)  # what other ranks have taken counts too
             start = missing[number] * lesson.positions_per_shard
             end = min(start + lesson.positions_per_shard, lesson.positions)
-            frames, worst = compute(engine, lesson, np.arange(start, end), device, progress)
-            write_shard(folder / shards.name(missing[number]), {**header, **worst, "start": start, "end": end}, frames)
+            blocks = compute(engine, lesson, np.arange(start, end), device, progress)
+            check_bound(lesson, start, blocks)
+            write_shard(folder / shards.name(missing[number]), lesson.codec, lesson.header, start, blocks)
     if distributed.rank() == 0:
         if shards.missing():
             raise UserError(
@@ -82,10 +97,35 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
             )
         for stray in set(folder.glob("*.kit")) - {folder / shards.name(number) for number in range(len(shards))}:
             stray.unlink()  # the last, partial shard of a shorter run
-        facts = {"positions": lesson.positions, "positions_per_shard": lesson.positions_per_shard, "k": lesson.k,
-                 "vocabulary": lesson.vocabulary, "quantum": codec.QUANTUM}  # fmt: skip
-        sealed = seal(folder, identity, facts)
+        sealed = finish(folder, identity, lesson.positions, lesson.positions_per_shard, lesson.header)
     return distributed.from_first(sealed)
+
+
+def finish(folder: Path, identity: Identity, positions: int, per_shard: int, header: dict[str, Any]) -> Manifest:
+    """Seal a targets folder whose shards are all there."""
+    facts = {"positions": positions, "positions_per_shard": per_shard, "header": header}
+    return seal(folder, identity, facts, leave_out=(ASIDE,))
+
+
+def check_bound(lesson: Lesson, start: int, blocks: list[Block]) -> None:
+    """Check what quantisation has cost.
+
+    Raises:
+        UserError: more than the experiment allows.
+    """
+    every = np.concatenate([np.zeros(0), *(block.distortion_n for block in blocks)])
+    if not len(every):
+        return
+    for name, found, allowed in (
+        ("mean", float(every.mean()), lesson.bound.mean), ("max", float(every.max()), lesson.bound.max)
+    ):  # fmt: skip
+        if found > allowed:
+            reach = 255 * lesson.codec.quantum
+            raise UserError(
+                f"target_distortion.{name}: the targets of models.{lesson.teacher_name} from stream position {start} "
+                f"on lose {found:.2g} nats, allowed are {allowed:g}. Quanta of {lesson.codec.quantum:.3g} nats reach "
+                f"{reach:.3g} below a position's first id: raise the bounds, or lower inherit.targets.k."
+            )
 
 
 def complete(folder: Path, positions: int) -> bool:
@@ -103,63 +143,81 @@ def inference_engine(lesson: Lesson, device: torch.device) -> Any:
     """The teacher under DeepSpeed inference; called as a `Predictor`."""
     import deepspeed
 
-    model = LanguageModel(lesson.load().eval(), lesson.vocabulary, lesson.teacher_name)
-    predictor = Predictor(model).to(device)
+    model = LanguageModel(lesson.load().eval(), lesson.codec.vocabulary, lesson.teacher_name)
+    predictor = Predictor(model, lesson.selection, lesson.temperatures).to(device)
     return deepspeed.init_inference(predictor, dtype=torch.float32, replace_with_kernel_inject=False)
 
 
 class Predictor(nn.Module):
     """What a teacher says at given positions."""
 
-    def __init__(self, model: LanguageModel):
+    def __init__(self, model: LanguageModel, selection: Selection, temperatures: list[float]):
         super().__init__()
-        self.model = model
+        self.model, self.selection, self.temperatures = model, selection, temperatures
 
-    def forward(self, input_ids_BS: Tensor, rows_N: Tensor, labels_N: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-        """ids [N, K], their log-probabilities [N, K] and the true token's [N]; a bounded number of logits at a time."""
+    def forward(self, input_ids_BS: Tensor, rows_N: Tensor, labels_N: Tensor, uniforms_NK: Tensor | None) -> Selected:
+        """What is kept at N rows of the flattened input; a bounded number of logits at a time."""
         hidden_ND = self.model.hidden(input_ids_BS, rows_N)
         weight, bias = self.model.head.parameters_VD()
         size = max(LOGIT_BYTES // (4 * weight.shape[0]), 1)
-        parts = []
+        parts: list[Selected] = []
         for start in range(0, max(len(hidden_ND), 1), size):
-            logits = torch.nn.functional.linear(hidden_ND[start : start + size], weight, bias)
-            ids, logp, normaliser = select.top_k(logits, k)
-            truth = logits.gather(1, labels_N[start : start + size, None]).squeeze(1).float() - normaliser
-            parts.append((ids, logp, truth))
-        ids_NK, logp_NK, truth_N = (torch.cat(column) for column in zip(*parts, strict=True))
-        return ids_NK, logp_NK, truth_N
+            here = slice(start, start + size)
+            logits = torch.nn.functional.linear(hidden_ND[here], weight, bias)
+            uniforms = None if uniforms_NK is None else uniforms_NK[here]
+            parts.append(select(logits, labels_N[here], self.selection, self.temperatures, uniforms))
+        scalars = {name: torch.cat([part.scalars[name] for part in parts]) for name in parts[0].scalars}
+        return Selected(torch.cat([p.ids_NK for p in parts]), torch.cat([p.given_NK for p in parts]), scalars)
 
 
 @torch.inference_mode()
 def compute(
     engine: Any, lesson: Lesson, positions: np.ndarray, device: torch.device, progress: Progress
-) -> tuple[list[Frame], dict[str, float]]:
-    """The frames of the given positions, and the mean and largest distortion of their targets in nats.
+) -> list[Block]:
+    """The frames of the given positions; packed in threads while the teacher goes on.
 
     Raises:
         UserError: the teacher's prediction is not finite.
     """
-    frames: list[Frame] = []
-    distortions: list[np.ndarray] = []
-    for begin in range(0, len(positions), MICRO_BATCH):
-        sequences, views = lesson.stream.pairs(positions[begin : begin + MICRO_BATCH])
-        view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
-        rows = np.flatnonzero(view.targets_BS)
-        labels = view.labels_BS.reshape(-1)[rows]
-        given = (
-            torch.from_numpy(x).to(device) for x in (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64))
-        )
-        ids, logp, truth = (x.cpu().numpy() for x in engine(*given, lesson.k))
-        if not np.isfinite(truth).all():
-            raise UserError(
-                f"models.{lesson.teacher_name}: a prediction is not finite at stream position "
-                f"{positions[begin]} of its corpus; the teacher's weights are broken"
-            )
-        planes = codec.pack(ids, logp, truth, lesson.vocabulary)
-        distortions.append(codec.distortion(logp, planes))
-        ends = np.cumsum(view.targets_BS.sum(axis=1))
-        for index, digest in enumerate(lesson.viewer.digests(view)):
-            frames.append(Frame(int(digest), planes.rows(slice(ends[index - 1] if index else 0, ends[index]))))
-        progress.advance(len(sequences))
-    every = np.concatenate(distortions)
-    return frames, {"distortion_mean": float(every.mean()), "distortion_max": float(every.max())} if len(every) else {}
+    blocks: list[Block] = []
+    waiting: deque[Future[Block]] = deque()
+    draw_key = derive_key("draw", lesson.stream.seed, lesson.stream.corpus)
+    with ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders:
+        for begin in range(0, len(positions), MICRO_BATCH):
+            sequences, views = lesson.stream.pairs(positions[begin : begin + MICRO_BATCH])
+            view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
+            rows = np.flatnonzero(view.targets_BS)
+            labels = view.labels_BS.reshape(-1)[rows]
+            drawn = uniforms(draw_key, sequences, views, rows, view, lesson.selection)
+            arrays = (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64), drawn)
+            found = engine(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
+            if not torch.isfinite(found.scalars["truth"]).all():
+                raise UserError(
+                    f"models.{lesson.teacher_name}: a prediction is not finite at stream position "
+                    f"{positions[begin]} of its corpus; the teacher's weights are broken"
+                )
+            scalars = {name: x.cpu().numpy() for name, x in found.scalars.items()}
+            ids, given = found.ids_NK.cpu().numpy(), found.given_NK.cpu().numpy()
+            waiting.append(encoders.submit(_pack, lesson, ids, given, scalars, view))
+            if len(waiting) > 2 * ENCODERS:
+                blocks.append(waiting.popleft().result())
+            progress.advance(len(sequences))
+        blocks += [future.result() for future in waiting]
+    return blocks
+
+
+def _pack(lesson: Lesson, ids: np.ndarray, given: np.ndarray, scalars: dict[str, np.ndarray], view: View) -> Block:
+    planes, distortion_n = lesson.codec.pack(ids, given, scalars)
+    ends = np.cumsum(view.targets_BS.sum(axis=1))
+    return pack_block(lesson.codec, planes, ends, lesson.viewer.digests(view), distortion_n)
+
+
+def uniforms(
+    key: int, sequences_B: np.ndarray, views_B: np.ndarray, rows_N: np.ndarray, view: View, selection: Selection
+) -> np.ndarray | None:
+    """float64 [N, draws] in [0, 1), for sampled targets: a function of the place alone, whatever the batch."""
+    if selection.kind != "sampled":
+        return None
+    which, index = np.divmod(rows_N, view.inputs_BS.shape[1])
+    places = (sequences_B[which][:, None], views_B[which][:, None], index[:, None])
+    return (counter_hash(key, *places, np.arange(selection.k)[None, :]) >> np.uint64(11)) * 2.0**-53

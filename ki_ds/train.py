@@ -82,6 +82,7 @@ def run(
                 "step": step, "tokens": step * train.batch_size * course.sequence_length, "seconds": seconds,
                 "alpha": a, "learning_rate": rate, "gradient_norm": norm, "applied": applied,
                 "tokens_per_second": train.batch_size * course.sequence_length / (time.monotonic() - began),
+                "reading_seconds": loader.reading_s, "waited_seconds": loader.waited_s,
             }  # fmt: skip
             if step % train.evaluation_steps == 0 or step == train.steps:
                 record["validation"] = evaluate(engine.deepspeed, course, loader.plan.micro_batch_size, device)

@@ -33,6 +33,7 @@ from ki_ds.sealed import (
     versions,
     write_atomically,
 )
+from ki_ds.targets.selection import Selection
 from ki_ds.workspace import Workspace
 
 EVALUATION_MICRO_BATCH = 16  # sequences
@@ -119,14 +120,14 @@ def prepared(folder: Path, identity: Identity) -> Manifest | None:
 def teaching(stage: Stage, space: Workspace) -> None:
     """Store a teacher's predictions over a corpus."""
     folder, identity, device = begin(stage, space)
-    teacher, name = stage.name.split("@")
-    positions, k = space.target_positions(teacher, name)
-    vocabulary = space.tokenizer.size
-    if k > vocabulary:
-        raise UserError(f"inherit.targets.k: found {k}; expected at most the tokenizer's vocabulary, {vocabulary}")
+    needed, size = space.needed(stage), space.tokenizer.size
+    selection, name = Selection(**identity.config["selection"]), needed.corpus
+    if selection.kind != "sampled" and selection.k > size:
+        raise UserError(f"inherit.targets.k: found {selection.k}; expected at most the tokenizer's vocabulary, {size}")
     lesson = teach.Lesson(
-        lambda: space.finished_model(teacher), teacher, space.tokens(name), space.stream(name), space.viewer(name),
-        positions, k, vocabulary, space.experiment.positions_per_shard,
+        lambda: space.finished_model(needed.teacher), needed.teacher, space.tokens(name), space.stream(name),
+        space.viewer(name), needed.positions, space.experiment.positions_per_shard, selection, space.codec(identity),
+        space.targets_header(stage, identity), space.experiment.target_distortion,
     )  # fmt: skip
     teach.teach(folder, identity, lesson, device)
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import site
 import sys
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from ki_ds import engine, models
-from ki_ds.batches import Lane, Loader, Plan
+from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
 from ki_ds.corpus.sources import FileSource, files
@@ -19,11 +20,15 @@ from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment, Train
-from ki_ds.graph import Stage, needs, targets_name, targets_needed
+from ki_ds.graph import Needed, Stage, needs, targets_needed, taught_by
 from ki_ds.inherit import teacher_steps
-from ki_ds.sealed import MANIFEST, Identity, digest, file_digest, open_sealed, read_manifest
+from ki_ds.sealed import MANIFEST, UNSEALED, Identity, digest, file_digest, open_sealed, parse_manifest, read_manifest
 from ki_ds.strict import read_json
-from ki_ds.targets.shard import ShardFolder
+from ki_ds.targets import codec
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.folder import ShardFolder, open_folder, read_facts
+from ki_ds.targets.selection import scalar_names, tail_name
+from ki_ds.targets.source import Place, place
 
 SAMPLE_BYTES = 1 << 16
 # what of "train" does not change the result, only when it is looked at or how it is cut for memory
@@ -100,10 +105,42 @@ class Workspace:
             e.objective, e.seed, self.tokens(corpus).digest, t.size, t.special, t.mask, e.masking.probability
         )  # fmt: skip
 
-    def target_positions(self, teacher: str, corpus: str) -> tuple[int, int]:
-        """(positions, k) that the targets of this pair must hold; past the last view pairs come again."""
-        positions, k = targets_needed(self.experiment, teacher, corpus)
-        return min(positions, self.experiment.views * len(self.tokens(corpus).train)), k
+    def needed(self, stage: Stage) -> Needed:
+        """What a teach stage must make; past the last view pairs come again, so no more than all views are stored."""
+        needed = targets_needed(self.experiment, stage.name)
+        every = self.experiment.views * len(self.tokens(needed.corpus).train)
+        return replace(needed, positions=min(needed.positions, every))
+
+    def codec(self, identity: Identity) -> Codec:
+        """How the rows of a targets folder of this identity are packed."""
+        said = identity.config["selection"]
+        counts = said["kind"] == "sampled"
+        return Codec(
+            self.tokenizer.size, min(said["k"], self.tokenizer.size), 0.0 if counts else identity.config["quantum"],
+            "count" if counts else "log-probability", tuple(identity.config["scalars"]),
+        )  # fmt: skip
+
+    def targets_header(self, stage: Stage, identity: Identity) -> dict[str, Any]:
+        """What every shard of a targets folder says of itself, beside its own positions and counts."""
+        e, needed = self.experiment, targets_needed(self.experiment, stage.name)
+        tokens = self.tokens(needed.corpus)
+        return {
+            "teacher": {"name": needed.teacher, "digest": identity.inputs[f"models/{needed.teacher}"]},
+            "corpus": {"name": needed.corpus, "digest": tokens.digest},
+            "tokenizer": self.tokenizer.digest,
+            "objective": e.objective,
+            "masking": e.masking.model_dump(mode="json") if e.objective == "mlm" else None,
+            "stream": {"seed": e.seed, "views": e.views, "sequences": len(tokens.train)},
+            "sequence_length": e.sequence_length,
+            "selection": identity.config["selection"],
+            "codec": self.codec(identity).header,
+        }
+
+    def stored(self, teacher: str, corpus: str) -> Place:
+        """Where predictions lie that were made elsewhere."""
+        given = (self.experiment.models[teacher].targets or {})[corpus]
+        found = next((base / given for base in self.bases if "://" not in given and (base / given).exists()), None)
+        return found or place(given)
 
     def model_folder(self, name: str) -> str:
         """The Hugging Face folder (or hub name) of a finished model of the experiment."""
@@ -164,27 +201,64 @@ class Workspace:
                     f"{place}: it knows {usable} positions, sequence_length is {self.experiment.sequence_length}"
                 )
 
+    def targets(self, name: str, corpus: str) -> ShardFolder | None:
+        """The targets that a student reads on a corpus.
+
+        Raises:
+            UserError: they are not finished, or not what the student asks for.
+        """
+        model = self.experiment.models[name]
+        if model.inherit is None or corpus not in model.inherit.teachers:
+            return None
+        stage, teacher = taught_by(self.experiment, model)[corpus], model.inherit.teachers[corpus]
+        folder = self.stored(teacher, corpus) if stage is None else self.folder(Stage("teach", stage))
+        if stage is not None:
+            open_sealed(self.folder(Stage("teach", stage)))
+        found, wanted = open_folder(folder), model.inherit.targets
+        place, how = f"models.{name}.inherit.targets", found.codec
+        selection = wanted.selection(model.inherit.temperature)
+        counts = how.values == "count"
+        if counts != (selection.kind == "sampled"):
+            raise UserError(f"{folder}: holds {how.values} values; expected what {place} selects, {selection.kind}")
+        if how.k < min(selection.k, self.tokenizer.size) or (counts and found.header["selection"] != selection.record):
+            raise UserError(f"{folder}: holds {found.header['selection']}; expected {place} {selection.record}")
+        if wanted.tail and tail_name(model.inherit.temperature) not in how.scalars:
+            raise UserError(
+                f"{folder}: the tail's weight is stored at {', '.join(how.scalars[2:])}; expected "
+                f"{tail_name(model.inherit.temperature)} (models.{name}.inherit.temperature)"
+            )
+        if how.vocabulary != self.tokenizer.size:
+            raise UserError(
+                f"{folder}: of a vocabulary of {how.vocabulary} ids; the tokenizer has {self.tokenizer.size}"
+            )
+        return found
+
     def lanes(self, name: str) -> list[Lane]:
         """The corpora that a model is trained on, with its teachers' targets."""
         model = self.experiment.models[name]
         assert model.train is not None
-        lanes = []
-        for corpus in model.train.on:
-            targets = None
-            if model.inherit and corpus in model.inherit.teachers:
-                folder = self.folder(Stage("teach", targets_name(model.inherit.teachers[corpus], corpus)))
-                facts = open_sealed(folder).facts
-                header = {key: facts[key] for key in ("k", "vocabulary", "quantum")}
-                targets = ShardFolder(folder, facts["positions"], facts["positions_per_shard"], header=header)
-            lanes.append(Lane(corpus, self.tokens(corpus).train, self.stream(corpus), self.viewer(corpus), targets))
+        lanes = [
+            Lane(
+                corpus, self.tokens(corpus).train, self.stream(corpus), self.viewer(corpus), self.targets(name, corpus)
+            )
+            for corpus in model.train.on
+        ]
+        quanta = {str(lane.targets.folder): lane.targets.codec.quantum for lane in lanes if lane.targets}
+        if len(set(quanta.values())) > 1:
+            listed = ", ".join(f"{folder}: {value:g}" for folder, value in quanta.items())
+            raise UserError(f"models.{name}: its targets were quantised differently ({listed}); make them alike")
         return lanes
 
     def loader(self, name: str, plan: Plan) -> Loader:
         """The batches of a model's training."""
         model = self.experiment.models[name]
         assert model.train is not None
-        k = model.inherit.targets.k if model.inherit else 1
-        return Loader(self.lanes(name), Mix(list(model.train.on.values())), plan, k, self.tokenizer.size)
+        inherit = model.inherit
+        reading = None
+        if inherit:
+            k = inherit.targets.selection(inherit.temperature).k
+            reading = Reading(k, tail_name(inherit.temperature) if inherit.targets.tail else None)
+        return Loader(self.lanes(name), Mix(list(model.train.on.values())), plan, reading)
 
     # -------------------------------------------------------------------------------------------- identities
 
@@ -214,14 +288,33 @@ class Workspace:
         if e.objective == "mlm":
             viewing["masking"] = e.masking.model_dump(mode="json")
         if stage.kind == "teach":
-            teacher, corpus = stage.name.split("@")
-            config = {**viewing, "select": "top_k", "k": targets_needed(e, teacher, corpus)[1]}
-            inputs = {f"models/{teacher}": self.model_digest(teacher), f"corpora/{corpus}": self.tokens(corpus).digest}
-            return Identity("teach", config, inputs)
+            return self._targets_identity(stage, viewing)
         if stage.kind == "train":
             return self._training_identity(stage.name, viewing)
         inputs = {f"corpora/{name}": self.tokens(name).digest for name in e.corpora}
         return Identity("evaluate", viewing, {f"models/{stage.name}": self.model_digest(stage.name), **inputs})
+
+    def _targets_identity(self, stage: Stage, viewing: dict[str, Any]) -> Identity:
+        """Of a teach stage; where the folder holds more than is asked (a larger k, finer quanta), as it is."""
+        needed = targets_needed(self.experiment, stage.name)
+        inputs = {
+            f"models/{needed.teacher}": self.model_digest(needed.teacher),
+            f"corpora/{needed.corpus}": self.tokens(needed.corpus).digest,
+        }
+        selection, quantum = needed.selection, codec.quantum(self.experiment.target_distortion.mean)
+        scalars = [*scalar_names(selection, needed.temperatures)]
+        config = {**viewing, "selection": selection.record, "scalars": scalars, "quantum": quantum}
+        for name in (MANIFEST, UNSEALED):
+            path = self.folder(stage) / name
+            if path.exists():
+                found = parse_manifest(path.read_bytes(), str(path))["config"]
+                there = found.get("selection", {})
+                serves = {**there, "k": 0} == {**selection.record, "k": 0} and there["k"] >= selection.k
+                tails = {tail_name(temperature) for temperature in needed.tails}
+                if serves and tails <= {*found["scalars"]} and found["quantum"] <= quantum:
+                    config |= {key: found[key] for key in ("selection", "scalars", "quantum")}
+                break
+        return Identity("teach", config, inputs)
 
     def _sources(self, name: str, stage: Stage) -> dict[str, Any]:
         """What a corpus is read from, with the names and sizes of its files; those recorded where they are gone."""
@@ -255,8 +348,13 @@ class Workspace:
             inputs[f"models/{model.start_from}"] = self.model_digest(model.start_from)
         if model.pretrained:
             inputs["pretrained"] = pretrained_digest(self.model_or_name(model.pretrained))
-        for corpus, teacher in (model.inherit.teachers if model.inherit else {}).items():
-            stage = Stage("teach", targets_name(teacher, corpus))
+        for corpus, taught in taught_by(self.experiment, model).items():
+            if taught is None:
+                assert model.inherit is not None
+                stored = self.stored(model.inherit.teachers[corpus], corpus)
+                inputs[f"stored/{corpus}"] = str(read_facts(stored)[1]["fingerprint"])
+                continue
+            stage = Stage("teach", taught)
             # not opened: a shard that is missing is found, and computed, when the stage itself runs
             inputs[stage.folder] = str(read_manifest(self.folder(stage))["fingerprint"])
         return Identity("train", config, inputs)
@@ -299,7 +397,10 @@ class Workspace:
         teachers = {
             corpus: {
                 "model": teacher,
-                "flops_per_sequence": self.cost(teacher, self.tokenizer)["flops_per_sequence"],
+                # made elsewhere: nobody here paid for them
+                "flops_per_sequence": 0.0
+                if self.experiment.models[teacher].targets
+                else self.cost(teacher, self.tokenizer)["flops_per_sequence"],
                 "share": train.on[corpus] / sum(train.on.values()),
             }
             for corpus, teacher in (model.inherit.teachers if model.inherit else {}).items()
@@ -333,13 +434,13 @@ class Workspace:
         if stage.kind == "corpus":
             return [tokenizer]
         if stage.kind == "teach":
-            teacher, corpus = stage.name.split("@")
+            teacher, corpus = stage.name.split("@")[:2]
             return [tokenizer, Stage("corpus", corpus), *finished(teacher)]
         if stage.kind == "train":
             model = e.models[stage.name]
-            taught = model.inherit.teachers.items() if model.inherit else []
+            taught = [name for name in taught_by(e, model).values() if name]
             read = [Stage("corpus", corpus) for corpus in (model.train.on if model.train else {})]
-            read += [Stage("teach", targets_name(teacher, corpus)) for corpus, teacher in taught]
+            read += [Stage("teach", name) for name in taught]
             return [tokenizer, *read, *(one for other in needs(e, stage.name) for one in finished(other))]
         everything = [Stage("corpus", name) for name in e.corpora]
         return [tokenizer, *everything, *(finished(stage.name) if stage.kind == "evaluate" else [])]

@@ -4,6 +4,7 @@ Definition and letters as in `reference.py`. The gradient of the logits is writt
 
     dloss/dz = (1 - α)(softmax(z) - onehot(label)) + α τ (softmax(z / τ) - scatter(p))          (τ² · 1/τ = τ)
 
+and, with a tail, softmax(z / τ)_v (1 - p_tail / Σ_{u not kept} softmax(z / τ)_u) for the ids v that are not kept,
 and reduced at once to the gradients of hidden states, weight and bias, all accumulated in fp32 (or wider), so that the
 backward pass only multiplies by the incoming scale. Reads fp16, bf16, fp32 or fp64; never writes its inputs.
 """
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ki_ds.kernels.packed import PackedTargets
-from ki_ds.kernels.reference import KILoss, effective_alpha
+from ki_ds.kernels.reference import KILoss, divergence, effective_alpha
 
 CHUNK_BYTES = 32 << 20  # of one chunk's logits
 
@@ -101,15 +102,26 @@ def _chunk(
     if targets is not None and len(taught):
         every = len(taught) == len(labels)
         scaled = (logits if every else logits[taught]) / temperature
-        ids = targets.ids()[taught]
-        logp = targets.log_probabilities(temperature, logits.dtype)[taught]
-        kept = targets.kept()[taught]
+        kept, ids = targets.kept()[taught], targets.ids()[taught]
+        logp_all, tail_all = targets.log_probabilities(temperature, logits.dtype)
+        logp = logp_all[taught]
         p = torch.where(kept, logp.exp(), 0)
-        lse_tau = scaled.logsumexp(dim=1)
-        logq = scaled.gather(1, ids) - lse_tau[:, None]
-        kl_N[taught] = torch.where(kept, p * (logp - logq), 0).sum(dim=1)
-        if gradient:
-            pull = scaled.sub_(lse_tau[:, None]).exp_().scatter_add_(1, ids, -p)
+        scaled = scaled.sub_(scaled.logsumexp(dim=1, keepdim=True))  # now log softmax(z / τ)
+        kl = divergence(logp, scaled.gather(1, ids), kept)
+        if tail_all is not None:
+            tail = tail_all[taught]
+            q = scaled.exp_()
+            held = q.gather(1, ids)
+            # an entry that does not hold points at id 0, which may not be kept: it points at a kept one instead
+            rest = q.scatter(1, torch.where(kept, ids, ids[:, :1]), 0).sum(dim=1).clamp(min=torch.finfo(q.dtype).tiny)
+            kl = kl + divergence(tail, rest.log(), torch.isfinite(tail))
+            if gradient:
+                share = torch.where(tail.exp() > 0, tail.exp() / rest, 0)[:, None]
+                pull = (q * (1 - share)).scatter_add_(1, ids, torch.where(kept, held * share - p, 0))
+        elif gradient:
+            pull = scaled.exp_().scatter_add_(1, ids, -p)
+        kl_N[taught] = kl
+        if pull is not None:
             pull *= (alpha[taught] * temperature)[:, None]
     loss = ((1 - alpha) * ce_N + alpha * temperature**2 * kl_N).sum()
     if gradient:

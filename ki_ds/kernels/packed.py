@@ -1,6 +1,10 @@
 """Packed targets: what the loss reads, planes of small integers exactly as they are stored.
 
-N positions, K kept ids a position.  log p_NK = const_N - quantum · steps_NK; a row with count 0 has no target.
+N positions, K kept ids a position. A row with count 0 has no target. The teacher's probabilities at temperature τ:
+
+    p_nk ∝ exp(-quantum · values_nk / τ)      renormalised over the kept ids; with a tail, over these and one outcome
+    p_n,tail ∝ exp(tail_n)                    more, "any other id", where tail_n is its log weight at this very τ
+    p_nk = values_nk / Σ_k values_nk          where the quantum is 0: counts of draws from the distribution at τ
 """
 
 from __future__ import annotations
@@ -17,9 +21,10 @@ class PackedTargets:
 
     ids_NK: Tensor  # int16, the low 16 bits of the id
     high_NK: Tensor | None  # uint8, the bits above; None where the vocabulary fits in 16 bits
-    steps_NK: Tensor  # uint8, quanta below the row's first log-probability
+    values_NK: Tensor  # uint8, quanta below the row's most probable id; or counts
     count_N: Tensor  # int32, entries of the row that hold
-    quantum: float  # nats
+    quantum: float  # nats; 0: the values are counts
+    tail_N: Tensor | None = None  # float32, log of the tail's weight over the most probable id's; -inf: no tail
 
     def __len__(self) -> int:
         return self.ids_NK.shape[0]
@@ -27,13 +32,15 @@ class PackedTargets:
     def rows(self, rows: slice) -> PackedTargets:
         """A run of rows, without copying."""
         high = None if self.high_NK is None else self.high_NK[rows]
-        return PackedTargets(self.ids_NK[rows], high, self.steps_NK[rows], self.count_N[rows], self.quantum)
+        tail = None if self.tail_N is None else self.tail_N[rows]
+        return PackedTargets(self.ids_NK[rows], high, self.values_NK[rows], self.count_N[rows], self.quantum, tail)
 
     def to(self, device: torch.device | str) -> PackedTargets:
         """The same targets on a device."""
         high = None if self.high_NK is None else self.high_NK.to(device, non_blocking=True)
-        ids, steps, count = (x.to(device, non_blocking=True) for x in (self.ids_NK, self.steps_NK, self.count_N))
-        return PackedTargets(ids, high, steps, count, self.quantum)
+        tail = None if self.tail_N is None else self.tail_N.to(device, non_blocking=True)
+        ids, values, count = (x.to(device, non_blocking=True) for x in (self.ids_NK, self.values_NK, self.count_N))
+        return PackedTargets(ids, high, values, count, self.quantum, tail)
 
     def ids(self) -> Tensor:
         """int64 [N, K]; 0 where an entry does not hold."""
@@ -46,8 +53,14 @@ class PackedTargets:
         """bool [N, K]: which entries hold."""
         return torch.arange(self.ids_NK.shape[1], device=self.count_N.device)[None, :] < self.count_N[:, None]
 
-    def log_probabilities(self, temperature: float, dtype: torch.dtype = torch.float32) -> Tensor:
-        """[N, K]: tempered and renormalised over the kept entries (section 3); -inf where an entry does not hold."""
-        scaled = self.steps_NK.to(dtype) * (-self.quantum / temperature)
-        scaled = scaled.masked_fill(~self.kept(), -torch.inf)
-        return torch.where(self.count_N[:, None] > 0, scaled.log_softmax(dim=1), scaled)
+    def log_probabilities(self, temperature: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
+        """[N, K] of the kept entries (section 3), and [N] of the tail where there is one; -inf where nothing holds."""
+        values = self.values_NK.to(dtype)
+        weights = values.log() if self.quantum == 0 else values * (-self.quantum / temperature)
+        weights = weights.masked_fill(~self.kept(), -torch.inf)
+        some = self.count_N > 0
+        if self.tail_N is None:
+            return torch.where(some[:, None], weights.log_softmax(dim=1), weights), None
+        tail = self.tail_N.to(dtype).masked_fill(~some, -torch.inf)
+        normaliser = torch.logaddexp(weights.logsumexp(dim=1), tail).masked_fill(~some, 0)
+        return weights - normaliser[:, None], tail - normaliser

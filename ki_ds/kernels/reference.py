@@ -4,7 +4,8 @@ N rows, D hidden size, V vocabulary, K kept ids.
 
     z_NV   = hidden_ND · weight_VDᵀ + bias_V
     CE_n   = -log softmax(z_n)[label_n]
-    KL_n   = Σ_k p_nk (log p_nk - log softmax(z_n / τ)[id_nk])
+    q_n    = softmax(z_n / τ)
+    KL_n   = Σ_k p_nk (log p_nk - log q_n[id_nk])  + with a tail: p_n,tail (log p_n,tail - log Σ_{v not kept} q_nv)
     loss   = Σ_n (1 - α_n) CE_n + α_n τ² KL_n        over the rows with label ≥ 0; α_n counts as 0 without a target
 
 Everything faster is compared with this file.
@@ -37,6 +38,19 @@ def effective_alpha(
     return torch.where((labels_N >= 0) & (targets.count_N > 0), alpha_N.to(dtype), 0)
 
 
+def kept_ids(targets: PackedTargets, vocabulary: int) -> Tensor:
+    """bool [N, V]: which ids a row keeps."""
+    columns = torch.zeros(len(targets), vocabulary + 1, dtype=torch.bool, device=targets.count_N.device)
+    return columns.scatter_(1, targets.ids().masked_fill(~targets.kept(), vocabulary), True)[:, :-1]
+
+
+def divergence(logp: Tensor, logq: Tensor, holds: Tensor) -> Tensor:
+    """p (log p - log q) where an entry holds and p > 0, summed over all dimensions but the first."""
+    p = torch.where(holds, logp.exp(), 0)
+    terms = torch.where(p > 0, p * (torch.where(p > 0, logp, 0) - torch.where(p > 0, logq, 0)), 0)
+    return terms.flatten(1).sum(dim=1) if terms.ndim > 1 else terms
+
+
 def ki_loss_reference(
     hidden_ND: Tensor,
     weight_VD: Tensor,
@@ -56,9 +70,12 @@ def ki_loss_reference(
     ce_N = -logq.gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1) * labelled
     kl_N = torch.zeros_like(ce_N)
     if targets is not None and alpha_N is not None:
-        logp_NK = targets.log_probabilities(temperature, logits_NV.dtype)
-        logq_NK = (logits_NV / temperature).log_softmax(dim=1).gather(1, targets.ids())
-        terms = logp_NK.exp() * (logp_NK - logq_NK)
-        kl_N = torch.where(targets.kept() & (alpha > 0)[:, None], terms, 0).sum(dim=1)
+        logp_NK, tail_N = targets.log_probabilities(temperature, logits_NV.dtype)
+        logq_NV = (logits_NV / temperature).log_softmax(dim=1)
+        kl_N = divergence(logp_NK, logq_NV.gather(1, targets.ids()), targets.kept())
+        if tail_N is not None:
+            rest_N = logq_NV.masked_fill(kept_ids(targets, logq_NV.shape[1]), -torch.inf).logsumexp(dim=1)
+            kl_N = kl_N + divergence(tail_N, rest_N, torch.isfinite(tail_N))
+        kl_N = torch.where(alpha > 0, kl_N, 0)
     loss = ((1 - alpha) * ce_N + alpha * temperature**2 * kl_N).sum()
     return KILoss(loss, ce_N.sum().detach(), kl_N.sum().detach())

@@ -1,36 +1,54 @@
-"""Packed planes of teacher predictions, and their compressed form on disk.
+"""Packed planes of teacher predictions, and their form on disk (FORMAT.md).
 
-n positions of one sequence, K kept ids a position. In memory a target is planes of small integers, read as they are by
-the loss: ids in a 16-bit plane (and an 8-bit plane above it where the vocabulary needs it) and, for each id, how many
-quanta its log-probability lies below the row's first. Rounding to the nearest quantum q costs about q²/24 nats of KL:
-1.6e-4 at the default of 1/16; what is further than 255 quanta (16 nats) down is held at 255.
+n positions, K kept ids a position, S scalars, E entries that hold in all.
 
-A frame on disk is the planes of one sequence in an order that compresses well, one after the other:
-count u16 [n] | first f32 [n] | truth f32 [n] | ids' low bytes u8 [n, K] | ids' high bytes u8 [n, K]
-| (ids' third bytes u8 [n, K]) | steps u8 [n, K], each as its difference from the one before it; then zstd.
-Entries beyond a row's count are zero.
+In memory a target is planes of small integers that the loss reads as they are: ids, rising, in a 16-bit plane (and an
+8-bit plane above it where the vocabulary needs it); and beside each id how many quanta its log-probability lies below
+the row's largest (or, for sampled targets, how often it was drawn). Rounding to the nearest quantum q costs at most
+about q²/24 nats of KL in the mean and q²/8 in any row.
+
+On disk rows are ragged and every id is its distance from the one before it: of a set of K ids only log₂(V choose K)
+bits are left, and their order by probability is not stored twice.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
+import zstandard
 
-QUANTUM = 1 / 16
-LARGEST_STEP = 255
+LARGEST = 255  # of the values plane
+NAT = 512  # units of a scalar in a nat
+MINUS_INFINITY = -(1 << 15)  # the scalar that says so
+LEVEL = 1  # of zstd: the planes hold no repetitions worth a search, only skewed bytes
+VALUES = ("log-probability", "count")
+KEYS = {"vocabulary", "k", "values", "quantum", "scalars"}
+
+
+def quantum(mean_nats: float) -> float:
+    """The largest quantum, a multiple of 1/1024 nat, with q²/24 ≤ the bound on the mean KL.
+
+    Raises:
+        ValueError: the bound is so tight that no quantum meets it.
+    """
+    steps = math.floor(1024 * math.sqrt(24 * mean_nats))
+    if steps < 1:
+        raise ValueError(f"a mean distortion of {mean_nats:g} nats is below what the smallest quantum, 1/1024, gives")
+    return steps / 1024
 
 
 @dataclass(frozen=True)
 class Planes:
     """Targets of n positions."""
 
-    ids_nK: np.ndarray  # uint16, low bits
+    ids_nK: np.ndarray  # uint16, low bits; rising within a row; 0 where an entry does not hold
     high_nK: np.ndarray | None  # uint8, bits above 16
-    steps_nK: np.ndarray  # uint8, quanta below `first`
+    values_nK: np.ndarray  # uint8: quanta below the row's most probable id, or counts; 0 where an entry does not hold
     count_n: np.ndarray  # uint16, entries that hold
-    first_n: np.ndarray  # float32, log-probability of the most probable id, nats
-    truth_n: np.ndarray  # float32, log-probability of the true token, nats
+    scalars_Sn: np.ndarray  # int16, in 1/512 nat
 
     def __len__(self) -> int:
         return len(self.count_n)
@@ -38,93 +56,300 @@ class Planes:
     def rows(self, rows: slice) -> Planes:
         """A run of rows, without copying."""
         high = None if self.high_nK is None else self.high_nK[rows]
-        ids, steps, count = self.ids_nK[rows], self.steps_nK[rows], self.count_n[rows]
-        return Planes(ids, high, steps, count, self.first_n[rows], self.truth_n[rows])
+        return Planes(self.ids_nK[rows], high, self.values_nK[rows], self.count_n[rows], self.scalars_Sn[:, rows])
 
-    def prefix(self, k: int) -> Planes:
-        """The first k entries of every row: the targets a smaller K would have given."""
-        high = None if self.high_nK is None else self.high_nK[:, :k]
-        count = np.minimum(self.count_n, k).astype(np.uint16)
-        return Planes(self.ids_nK[:, :k], high, self.steps_nK[:, :k], count, self.first_n, self.truth_n)
+    def kept(self) -> np.ndarray:
+        """bool [n, K]: which entries hold."""
+        return np.arange(self.ids_nK.shape[1]) < self.count_n[:, None]
 
-
-def empty(rows: int, k: int, vocabulary: int) -> Planes:
-    """Rows without a target."""
-    high = np.zeros((rows, k), np.uint8) if vocabulary > 1 << 16 else None
-    scalar = np.zeros(rows, np.float32)
-    return Planes(
-        np.zeros((rows, k), np.uint16), high, np.zeros((rows, k), np.uint8), np.zeros(rows, np.uint16), scalar, scalar
-    )
+    def ids(self) -> np.ndarray:
+        """uint32 [n, K]."""
+        ids = self.ids_nK.astype(np.uint32)
+        return ids if self.high_nK is None else ids | (self.high_nK.astype(np.uint32) << 16)
 
 
 def concatenate(parts: list[Planes]) -> Planes:
-    """Rows of several targets, one after the other; all with the same K and vocabulary."""
+    """Rows of several targets of one codec, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
     high = None if parts[0].high_nK is None else np.concatenate([p.high_nK for p in parts if p.high_nK is not None])
-    columns = [np.concatenate([getattr(p, name) for p in parts]) for name in ("ids_nK", "steps_nK", "count_n")]
-    scalars = [np.concatenate([getattr(p, name) for p in parts]) for name in ("first_n", "truth_n")]
-    return Planes(columns[0], high, columns[1], columns[2], scalars[0], scalars[1])
+    ids, values, count = (np.concatenate([getattr(p, n) for p in parts]) for n in ("ids_nK", "values_nK", "count_n"))
+    return Planes(ids, high, values, count, np.concatenate([p.scalars_Sn for p in parts], axis=1))
 
 
-def pack(ids_nK: np.ndarray, logp_nK: np.ndarray, truth_n: np.ndarray, vocabulary: int) -> Planes:
-    """Quantise rows that are ordered by falling probability; -inf entries are dropped."""
-    count = np.isfinite(logp_nK).sum(axis=1).astype(np.uint16)
-    kept = np.arange(ids_nK.shape[1]) < count[:, None]
-    first = logp_nK[:, 0].astype(np.float32)
-    below = np.where(kept, first[:, None] - np.where(kept, logp_nK, 0), 0)
-    steps = np.minimum(np.rint(below / QUANTUM), LARGEST_STEP).astype(np.uint8)
-    ids = np.where(kept, ids_nK, 0)
-    high = (ids >> 16).astype(np.uint8) if vocabulary > 1 << 16 else None
-    return Planes((ids & 0xFFFF).astype(np.uint16), high, steps, count, first, truth_n.astype(np.float32))
+@dataclass(frozen=True)
+class Codec:
+    """How the rows of a folder are packed; stands in every shard's header."""
+
+    vocabulary: int
+    k: int  # the most entries a row has
+    quantum: float  # nats; 0 for counts
+    values: str = "log-probability"
+    scalars: tuple[str, ...] = ("first", "truth")
+
+    def __post_init__(self) -> None:
+        if not (0 < self.vocabulary <= 1 << 24 and 0 < self.k <= 1024 and self.k <= self.vocabulary):
+            raise ValueError(f"expected 0 < k ≤ 1024, k ≤ vocabulary ≤ 2^24, found {self.k} and {self.vocabulary}")
+        if self.values not in VALUES or (self.quantum > 0) != (self.values == VALUES[0]):
+            raise ValueError(f"values {self.values!r} with a quantum of {self.quantum}")
+        if not 0 <= self.quantum <= 1 or len(self.scalars) > 64:
+            raise ValueError(f"a quantum of {self.quantum} nats, {len(self.scalars)} scalars")
+
+    @property
+    def header(self) -> dict[str, Any]:
+        """As in a shard's header."""
+        return {
+            "vocabulary": self.vocabulary, "k": self.k, "values": self.values, "quantum": self.quantum,
+            "scalars": list(self.scalars),
+        }  # fmt: skip
+
+    @classmethod
+    def read(cls, header: Any) -> Codec:
+        """The inverse of `header`.
+
+        Raises:
+            ValueError: the header is not one.
+        """
+        if not isinstance(header, dict) or set(header) != KEYS:
+            raise ValueError(f"expected the keys {', '.join(sorted(KEYS))}")
+        whole = all(type(header[name]) is int for name in ("vocabulary", "k"))
+        scalars, values = header["scalars"], header["values"]
+        named = isinstance(scalars, list) and all(isinstance(name, str) for name in [*scalars, values])
+        if not whole or not named or type(header["quantum"]) not in (int, float):
+            raise ValueError(f"a key of the wrong type in {str(header)[:200]}")
+        return cls(header["vocabulary"], header["k"], float(header["quantum"]), values, tuple(scalars))
+
+    @property
+    def _bytes_of_id(self) -> int:
+        return 3 if self.vocabulary > 1 << 16 else 2
+
+    def scalar(self, planes: Planes, name: str) -> np.ndarray:
+        """float32 [n] nats of one scalar."""
+        stored = planes.scalars_Sn[self.scalars.index(name)]
+        return np.where(stored == MINUS_INFINITY, -np.inf, stored * np.float32(1 / NAT)).astype(np.float32)
+
+    def _scalars(self, given: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        stored = np.empty((len(self.scalars), rows), np.int16)
+        for name, into in zip(self.scalars, stored, strict=True):
+            nats = np.asarray(given[name], np.float64)
+            if np.isnan(nats).any():
+                raise ValueError(f"{name} is not a number in row {int(np.flatnonzero(np.isnan(nats))[0])}")
+            fixed = np.clip(np.rint(nats * NAT), MINUS_INFINITY + 1, -MINUS_INFINITY - 1)
+            into[:] = np.where(np.isneginf(nats), MINUS_INFINITY, fixed)
+        return stored
+
+    def empty(self, rows: int) -> Planes:
+        """Rows without a target."""
+        high = np.zeros((rows, self.k), np.uint8) if self._bytes_of_id == 3 else None
+        ids, values = np.zeros((rows, self.k), np.uint16), np.zeros((rows, self.k), np.uint8)
+        return Planes(ids, high, values, np.zeros(rows, np.uint16), np.zeros((len(self.scalars), rows), np.int16))
+
+    # --------------------------------------------------------------------------------------------------- pack
+
+    def pack(
+        self, ids_nK: np.ndarray, given_nK: np.ndarray, scalars: dict[str, np.ndarray]
+    ) -> tuple[Planes, np.ndarray]:
+        """Quantise rows of distinct ids in any order.
+
+        Args:
+            ids_nK: integers below the vocabulary.
+            given_nK: log-probabilities in nats, where -inf leaves an entry out; or counts, where 0 does.
+            scalars: float [n] nats for each name of the codec's.
+
+        Returns:
+            The planes, and [n] KL(original ‖ decoded) in nats, both renormalised over the kept entries.
+
+        Raises:
+            ValueError: a scalar, or a log-probability, is not a number; a count is above 255.
+        """
+        if self.values == "count":
+            if given_nK.size and (given_nK.max() > LARGEST or given_nK.min() < 0):
+                raise ValueError(f"a count of {given_nK.max()}: expected 0 to {LARGEST}")
+            kept, values = given_nK > 0, given_nK.astype(np.uint32)
+            distortion_n = np.zeros(len(ids_nK), np.float32)
+        else:
+            logp = given_nK.astype(np.float32, copy=False)
+            kept = logp > -np.inf
+            if not (kept | np.isneginf(logp)).all():
+                raise ValueError("a log-probability is not a number")
+            values, distortion_n = self._quantise(logp, kept)
+        if kept.all():
+            count = np.full(len(ids_nK), ids_nK.shape[1], np.uint16)
+        else:
+            count = kept.sum(axis=1).astype(np.uint16)
+        # a row in one sort: 32-bit words of id and value; what does not hold comes last
+        words = (ids_nK.astype(np.uint32) << np.uint32(8)) | values
+        words[~kept] = np.uint32(0xFFFFFFFF)
+        words.sort(axis=1)
+        words = words[:, : self.k]
+        if len(count) and int(count.max()) > self.k:
+            raise ValueError(f"a row of {count.max()} entries, more than K = {self.k}")
+        words[np.arange(words.shape[1]) >= count[:, None]] = 0
+        return self._planes(words, count, self._scalars(scalars, len(words))), distortion_n
+
+    def _planes(self, words: np.ndarray, count: np.ndarray, scalars: np.ndarray) -> Planes:
+        n, width = words.shape
+        octets = np.ascontiguousarray(words, "<u4").view(np.uint8).reshape(n, width, 4)
+        if width < self.k:  # narrower than the codec allows
+            octets = np.concatenate([octets, np.zeros((n, self.k - width, 4), np.uint8)], axis=1)
+        ids = octets[:, :, 1].astype(np.uint16) | (octets[:, :, 2].astype(np.uint16) << 8)
+        high = octets[:, :, 3].copy() if self._bytes_of_id == 3 else None
+        return Planes(ids, high, octets[:, :, 0].copy(), count, scalars)
+
+    def _quantise(self, logp: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """uint32 [n, K] quanta below the row's largest; float32 [n] KL(original ‖ decoded)."""
+        first = logp.max(axis=1, keepdims=True, initial=-np.inf)
+        with np.errstate(invalid="ignore"):
+            below = np.where(kept, first - logp, 0)
+        values = np.minimum(np.rint(below * np.float32(1 / self.quantum)), LARGEST).astype(np.uint32)
+        # KL = Σ p·d + log(Σ exp(-b) / Σ exp(-a)) for a = below, b = decoded, d = b - a; without cancellation
+        decoded = np.float32(self.quantum) * np.arange(LARGEST + 1, dtype=np.float32)
+        weight = np.exp(-below)
+        change = np.exp(-decoded)[values] - weight
+        below -= decoded[values]
+        if not kept.all():
+            weight[~kept] = change[~kept] = 0
+        total = np.maximum(weight.sum(axis=1), np.float32(1e-30))  # a row without entries
+        pulled = np.einsum("nk,nk->n", weight, below) / total
+        return values, np.maximum(np.log1p(change.sum(axis=1) / total) - pulled, 0)
+
+    def log_probabilities(self, planes: Planes) -> np.ndarray:
+        """float32 [n, K] nats as stored, at temperature 1; -inf where an entry does not hold. Not for counts."""
+        first = self.scalar(planes, "first")[:, None]
+        return np.where(planes.kept(), first - np.float32(self.quantum) * planes.values_nK, -np.inf).astype(np.float32)
+
+    def prefix(self, planes: Planes, k: int) -> Planes:
+        """The k most probable entries of every row (ties within a quantum by id); what is cut joins the tail."""
+        if k >= planes.ids_nK.shape[1]:
+            return planes
+        if self.values == "count":
+            raise ValueError("counts of draws cannot be shortened")
+        kept = planes.kept()
+        order = np.where(kept, (planes.values_nK.astype(np.uint32) << 24) | planes.ids(), np.uint32(0xFFFFFFFF))
+        order.sort(axis=1)
+        cut = order[:, k:] >> 24
+        held = np.arange(k, order.shape[1]) < planes.count_n[:, None]
+        count = np.minimum(planes.count_n, k).astype(np.uint16)
+        words = (order[:, :k] << 8) | (order[:, :k] >> 24)
+        words[np.arange(k) >= count[:, None]] = np.uint32(0xFFFFFFFF)
+        words.sort(axis=1)
+        words[np.arange(k) >= count[:, None]] = 0
+        scalars = planes.scalars_Sn.copy()
+        for name, into in zip(self.scalars, scalars, strict=True):
+            if name.startswith("tail@"):
+                lost = np.where(held, np.exp(cut * (-self.quantum / float(name[5:]))), 0).sum(axis=1)
+                with np.errstate(divide="ignore"):
+                    tail = np.logaddexp(self.scalar(planes, name), np.log(lost))
+                into[:] = np.where(np.isneginf(tail), MINUS_INFINITY, np.rint(tail * NAT))
+        return Codec(self.vocabulary, k, self.quantum, self.values, self.scalars)._planes(words, count, scalars)
+
+    # ------------------------------------------------------------------------------------------------- frames
+
+    def encode(self, planes: Planes, ends: np.ndarray) -> list[list[bytes]]:
+        """The uncompressed frames of sequences whose rows end at `ends`, each as its parts.
+
+        Parts: count and scalars; low bytes of the ids' gaps; second bytes; (third bytes;) values.
+        """
+        ids = planes.ids()
+        gaps = np.diff(ids, axis=1, prepend=np.uint32(0))
+        values = planes.values_nK
+        if self.values == "log-probability":
+            values = values.max(axis=1, keepdims=True, initial=0) - values  # height above the row's last: fewer bits
+        if (planes.count_n == self.k).all():
+            gaps, values = gaps.reshape(-1), values.reshape(-1)
+        else:
+            kept = planes.kept()
+            gaps, values = gaps[kept], values[kept]
+        octets = gaps.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
+        columns = [octets[:, i].tobytes() for i in range(self._bytes_of_id)] + [values.tobytes()]
+        scalars = planes.scalars_Sn.astype("<i2", copy=False).view(np.uint8).reshape(len(self.scalars), -1, 2)
+        entries = np.concatenate([[0], np.cumsum(planes.count_n, dtype=np.int64)])
+        frames, begin = [], 0
+        for end in ends:
+            few = [planes.count_n[begin:end].astype("<u2").tobytes()]
+            few += [scalars[:, begin:end, i].tobytes() for i in (1, 0)]
+            a, b = entries[begin], entries[end]
+            frames.append([b"".join(few), *(column[a:b] for column in columns)])
+            begin = end
+        return frames
+
+    def frame_bytes(self, rows: int, entries: int) -> int:
+        """Length of an uncompressed frame."""
+        return rows * (2 + 2 * len(self.scalars)) + entries * (self._bytes_of_id + 1)
+
+    def decode(self, frames: list[bytes], rows: list[int]) -> Planes:
+        """The rows of several frames, one after the other; the inverse of `encode`.
+
+        Raises:
+            ValueError: a frame's length does not fit its counts; a count exceeds K; ids do not rise or exceed the
+                vocabulary.
+        """
+        width, scalars = self._bytes_of_id, len(self.scalars)
+        parts: list[list[np.ndarray]] = [[] for _ in range(2 + width + 1)]
+        for data, n in zip(frames, rows, strict=True):
+            flat = np.frombuffer(data, np.uint8)
+            at = n * (2 + 2 * scalars)
+            entries, rest = divmod(len(flat) - at, width + 1)
+            if entries < 0 or rest:
+                raise ValueError(f"{len(flat)} bytes do not make a frame of {n} rows")
+            parts[0].append(flat[: 2 * n].view("<u2"))
+            if int(parts[0][-1].sum(dtype=np.int64)) != entries:
+                raise ValueError(f"the counts of its rows do not sum to its {entries} entries")
+            parts[1].append(flat[2 * n : at].reshape(2, scalars, n))
+            for index in range(width + 1):
+                parts[2 + index].append(flat[at + index * entries : at + (index + 1) * entries])
+        count = np.concatenate([np.zeros(0, np.uint16), *parts[0]]).astype(np.uint16, copy=False)
+        octets = np.concatenate([np.zeros((2, scalars, 0), np.uint8), *parts[1]], axis=2).astype(np.uint16)
+        columns = [np.concatenate(part) if part else np.zeros(0, np.uint8) for part in parts[2:]]
+        ids, values = self._unpack(columns, count)
+        high = (ids >> 16).astype(np.uint8) if width == 3 else None
+        stored = ((octets[0] << 8) | octets[1]).view(np.int16)
+        return Planes(ids.astype(np.uint16, copy=False), high, values, count, stored)
+
+    def _unpack(self, columns: list[np.ndarray], count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids [n, K] and values [n, K] from the columns of entries."""
+        n, k = len(count), self.k
+        if n and int(count.max()) > k:
+            raise ValueError(f"a row has {count.max()} entries, more than K = {k}")
+        full = bool((count == k).all())
+        kept = None if full else np.arange(k) < count[:, None]
+        # 16 bits are enough where the vocabulary fits: a sum that wraps does not rise, which is looked for below
+        wide = np.uint16 if self._bytes_of_id == 2 else np.uint32
+        flat = columns[0].astype(wide)
+        for index, column in enumerate(columns[1:-1], 1):
+            flat |= column.astype(wide) << wide(8 * index)
+        if kept is None:
+            gaps, values = flat.reshape(n, k), columns[-1].reshape(n, k)
+        else:
+            gaps, values = np.zeros((n, k), wide), np.zeros((n, k), np.uint8)
+            gaps[kept], values[kept] = flat, columns[-1]
+        ids = np.cumsum(gaps, axis=1, dtype=wide)
+        rising = ids[:, 1:] > ids[:, :-1]
+        if not (rising if kept is None else rising | ~kept[:, 1:]).all():
+            raise ValueError("the ids of a row do not rise")
+        if n and int(ids[:, -1].max()) >= self.vocabulary:  # behind its last entry a row repeats it
+            raise ValueError(f"an id of {ids[:, -1].max()} in a vocabulary of {self.vocabulary}")
+        if self.values == "log-probability":
+            values = values.max(axis=1, keepdims=True, initial=0) - values
+        elif kept is None:
+            values = values.copy()
+        if kept is not None:
+            ids[~kept] = 0
+            values[~kept] = 0
+        return ids, values
 
 
-def distortion(logp_nK: np.ndarray, planes: Planes) -> np.ndarray:
-    """[n] KL(original ‖ decoded) in nats, both renormalised over the kept entries, in float64."""
-    kept = np.arange(logp_nK.shape[1]) < planes.count_n[:, None]
-    one = np.where(kept, logp_nK, -np.inf).astype(np.float64)
-    two = np.where(kept, -QUANTUM * planes.steps_nK.astype(np.float64), -np.inf)
-    some = planes.count_n[:, None] > 0  # a row without entries has no normaliser
-    one, two = (rows - np.where(some, np.logaddexp.reduce(rows, axis=1, keepdims=True), 0) for rows in (one, two))
-    return np.sum(np.where(kept, np.exp(one) * (np.where(kept, one, 0) - np.where(kept, two, 0)), 0), axis=1)
+def compressor() -> zstandard.ZstdCompressor:
+    """For one thread at a time."""
+    return zstandard.ZstdCompressor(
+        compression_params=zstandard.ZstdCompressionParameters.from_level(LEVEL, write_content_size=True)
+    )
 
 
-def frame_bytes(rows: int, k: int, vocabulary: int) -> int:
-    """Length of an uncompressed frame."""
-    return rows * (2 + 4 + 4 + k * (4 if vocabulary > 1 << 16 else 3))
-
-
-def encode(planes: Planes) -> bytes:
-    """The uncompressed frame."""
-    ids = planes.ids_nK
-    parts = [
-        planes.count_n.astype("<u2").tobytes(),
-        planes.first_n.astype("<f4").tobytes(),
-        planes.truth_n.astype("<f4").tobytes(),
-        (ids & 0xFF).astype(np.uint8).tobytes(),
-        (ids >> 8).astype(np.uint8).tobytes(),
-        b"" if planes.high_nK is None else planes.high_nK.tobytes(),
-        np.diff(planes.steps_nK, axis=1, prepend=np.uint8(0)).tobytes(),  # modulo 256
-    ]
-    return b"".join(parts)
-
-
-def decode(data: bytes, rows: int, k: int, vocabulary: int) -> Planes:
-    """The inverse of `encode`.
-
-    Raises:
-        ValueError: the data have another length than such a frame, or a count exceeds K.
-    """
-    expected = frame_bytes(rows, k, vocabulary)
-    if len(data) != expected:
-        raise ValueError(f"a frame of {rows} rows takes {expected} bytes, found {len(data)}")
-    count = np.frombuffer(data, "<u2", rows)
-    if rows and count.max() > k:
-        raise ValueError(f"a row has {count.max()} entries, more than K = {k}")
-    first, truth = (np.frombuffer(data, "<f4", rows, 2 * rows + 4 * i * rows) for i in range(2))
-    planes = [
-        np.frombuffer(data, np.uint8, rows * k, 10 * rows + i * rows * k).reshape(rows, k)
-        for i in range(4 if vocabulary > 1 << 16 else 3)
-    ]
-    ids = planes[0].astype(np.uint16) | (planes[1].astype(np.uint16) << 8)
-    high = planes[2].copy() if vocabulary > 1 << 16 else None
-    steps = np.cumsum(planes[-1], axis=1, dtype=np.uint8)
-    return Planes(ids, high, steps, count.copy(), first.copy(), truth.copy())
+def compress(zstd: zstandard.ZstdCompressor, parts: list[bytes]) -> bytes:
+    """One standard zstd frame, each part in blocks of its own: bytes of different skew need different codes."""
+    stream = zstd.compressobj(size=sum(map(len, parts)))
+    pieces = []
+    for part in parts:
+        pieces += [stream.compress(part), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+    return b"".join([*pieces, stream.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH)])

@@ -6,14 +6,16 @@
                              | digest of the input u64
     footer 32 bytes: index offset u64, frames u64, index checksum u64, magic 8
 
-All little-endian; checksums are xxh3_64. A shard is written to a temporary name, flushed and renamed.
+All little-endian; checksums are xxh3_64. FORMAT.md describes every field, with a worked hexdump. A shard is written to
+a temporary name, flushed and renamed.
 """
 
 from __future__ import annotations
 
 import json
 import struct
-from collections import OrderedDict
+import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,25 +27,20 @@ import zstandard
 from ki_ds.errors import UserError
 from ki_ds.sealed import write_atomically
 from ki_ds.targets import codec
-from ki_ds.targets.codec import Planes
+from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.source import Place, Source
 
 MAGIC = b"KIT\x93\r\n\x1a\n"
-VERSION = 1
+VERSION = 2
 PREFIX = struct.Struct("<8sIIQ")
 FOOTER = struct.Struct("<QQQ8s")
 INDEX = np.dtype([("offset", "<u8"), ("compressed", "<u4"), ("raw", "<u4"), ("rows", "<u4"), ("zero", "<u4"),
                   ("checksum", "<u8"), ("digest", "<u8")])  # fmt: skip
 LARGEST_HEADER = 1 << 20
 LARGEST_RATIO = 1 << 15  # of zstd: a block of one repeated byte takes 4 bytes for 128 KiB
-NUMBERS = ("start", "end", "k", "vocabulary", "sequence_length")  # what a header must give to read the frames
-
-
-@dataclass(frozen=True)
-class Frame:
-    """The targets of one sequence, and the digest of the input that the teacher saw."""
-
-    digest: int
-    planes: Planes
+HEAD, TAIL = 1 << 13, 1 << 16  # read at once from the file's ends: most often header and index are in them
+NUMBERS = ("start", "end", "rows", "entries", "sequence_length")  # whole numbers that a header gives
+_local = threading.local()
 
 
 def shard_name(start: int, end: int) -> str:
@@ -51,166 +48,215 @@ def shard_name(start: int, end: int) -> str:
     return f"targets-{start:09d}-{end:09d}.kit"
 
 
-def write_shard(path: Path, header: dict[str, Any], frames: list[Frame], level: int = 3) -> None:
-    """Write a shard. `header` must hold start, end, k, vocabulary and sequence_length.
+@dataclass(frozen=True)
+class Block:
+    """Compressed frames of consecutive positions, ready to be written."""
+
+    frames: list[bytes]
+    index: np.ndarray  # INDEX; offsets are not known yet
+    entries: int
+    distortion_n: np.ndarray  # KL(original ‖ decoded) of each row, nats
+
+
+def pack_block(how: Codec, planes: Planes, ends: np.ndarray, digests: np.ndarray, distortion_n: np.ndarray) -> Block:
+    """Encode and compress the rows of consecutive positions; releases the interpreter's lock for most of its time.
+
+    Args:
+        ends: [P] where each position's rows end.
+        digests: uint64 [P], of the input that the teacher saw.
+    """
+    zstd = getattr(_local, "compressor", None)
+    if zstd is None:
+        zstd = _local.compressor = codec.compressor()
+    index = np.zeros(len(ends), INDEX)
+    frames = []
+    for place, parts in enumerate(how.encode(planes, ends)):
+        checksum = xxhash.xxh3_64()
+        for part in parts:
+            checksum.update(part)
+        frames.append(codec.compress(zstd, parts))
+        index[place]["raw"], index[place]["checksum"] = sum(map(len, parts)), checksum.intdigest()
+    index["compressed"] = [len(frame) for frame in frames]
+    index["rows"] = np.diff(ends, prepend=0)
+    index["digest"] = digests
+    return Block(frames, index, int(planes.count_n.sum(dtype=np.int64)), distortion_n)
+
+
+def write_shard(path: Path, how: Codec, header: dict[str, Any], start: int, blocks: Sequence[Block]) -> dict[str, Any]:
+    """Write the shard of the positions from `start` on; `header` gives sequence_length and whatever else is to stand in
+    it. Returns the whole header.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    text = json.dumps(header, sort_keys=True, separators=(",", ":")).encode()
-    blocks = [PREFIX.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text)), text]
-    index = np.zeros(len(frames), INDEX)
-    compressor = zstandard.ZstdCompressor(level=level, write_content_size=True)
-    offset = PREFIX.size + len(text)
-    for frame in frames:
-        raw = codec.encode(frame.planes)
-        packed = compressor.compress(raw)
-        fields = (offset, len(packed), len(raw), len(frame.planes), 0, xxhash.xxh3_64_intdigest(raw), frame.digest)
-        index[len(blocks) - 2] = fields
-        blocks.append(packed)
-        offset += len(packed)
-    blocks += [index.tobytes(), FOOTER.pack(offset, len(frames), xxhash.xxh3_64_intdigest(index.tobytes()), MAGIC)]
-    write_atomically(path, b"".join(blocks))
+    index = np.concatenate([np.zeros(0, INDEX), *(block.index for block in blocks)])
+    every = np.concatenate([np.zeros(1), *(block.distortion_n for block in blocks)])[1:]
+    said = {
+        **header, "codec": how.header, "start": start, "end": start + len(index), "rows": int(index["rows"].sum()),
+        "entries": sum(block.entries for block in blocks),
+        "distortion": {"mean": float(every.mean()) if len(every) else 0.0, "max": float(every.max(initial=0))},
+    }  # fmt: skip
+    text = json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    sizes = index["compressed"].astype(np.uint64)
+    index["offset"] = PREFIX.size + len(text) + np.cumsum(sizes) - sizes
+    at = PREFIX.size + len(text) + int(sizes.sum())
+    table = index.tobytes()
+    footer = FOOTER.pack(at, len(index), xxhash.xxh3_64_intdigest(table), MAGIC)
+    prefix = PREFIX.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text))
+    write_atomically(path, [prefix, text, *(frame for block in blocks for frame in block.frames), table, footer])
+    return said
+
+
+@dataclass(frozen=True)
+class Raw:
+    """A decompressed, checked frame."""
+
+    position: int
+    digest: int
+    rows: int
+    data: bytes
 
 
 class Shard:
-    """An open shard, read through a memory map."""
+    """An opened shard: its header and index; frames are read when they are asked for."""
 
-    def __init__(self, path: Path):
+    def __init__(self, place: Place):
         """Read header and index.
 
         Raises:
             UserError: the file is missing, cut, damaged, or of an unknown version.
         """
-        self.path = path
+        self.place, self.source = place, Source(place)
         try:
-            self.data = np.memmap(path, np.uint8, mode="r")
+            size = self.source.size()
+            head = self.source.read(0, min(size, HEAD))
+            tail = self.source.read(max(size - TAIL, 0), min(size, TAIL))
         except FileNotFoundError:
-            raise UserError(f"{path}: is missing. Run `ki-ds teach`: it computes what is not there.") from None
-        except (OSError, ValueError) as error:
-            raise self._bad(f"cannot be read ({error})") from None
-        size = len(self.data)
-        if size < PREFIX.size + FOOTER.size:
-            raise self._bad(f"has {size} bytes, fewer than an empty shard")
-        magic, version, length, checksum = PREFIX.unpack(self._bytes(0, PREFIX.size))
+            raise UserError(f"{place}: is missing. Run `ki-ds teach`: it computes what is not there.") from None
+        except OSError as error:
+            raise UserError(f"{place}: cannot be read ({error})") from None
+        if size < PREFIX.size + FOOTER.size or len(head) < min(size, HEAD) or len(tail) < min(size, TAIL):
+            raise self.bad(f"has {size} bytes, fewer than an empty shard, or was cut while it was read")
+        magic, version, length, checksum = PREFIX.unpack_from(head)
         if magic != MAGIC:
-            raise self._bad("is not a shard of targets (wrong magic)")
+            raise self.bad("is not a shard of targets (wrong magic)")
         if version != VERSION:
-            raise UserError(f"{path}: format version {version}, but this version of ki_ds reads {VERSION}")
+            raise UserError(
+                f"{place}: format version {version}, but this version of ki_ds reads {VERSION}. Use the version that "
+                "wrote it, or remove the file and run `ki-ds teach`: it is computed anew."
+            )
         if length > min(size - PREFIX.size - FOOTER.size, LARGEST_HEADER):
-            raise self._bad(f"header length {length} does not fit the file")
-        text = self._bytes(PREFIX.size, length)
+            raise self.bad(f"header length {length} does not fit the file")
+        text = head[PREFIX.size : PREFIX.size + length]
+        if len(text) < length:
+            text = self._read(PREFIX.size, length)
         if xxhash.xxh3_64_intdigest(text) != checksum:
-            raise self._bad("the header's checksum does not match")
-        self.header = self._header(text)
-        index_at, frames, index_checksum, end_magic = FOOTER.unpack(self._bytes(size - FOOTER.size, FOOTER.size))
+            raise self.bad("the header's checksum does not match")
+        self.header, self.codec = self._header(text)
+        index_at, frames, index_checksum, end_magic = FOOTER.unpack(tail[-FOOTER.size :])
         if end_magic != MAGIC or index_at + frames * INDEX.itemsize + FOOTER.size != size:
-            raise self._bad("is cut short or damaged (the footer does not fit)")
-        table = self._bytes(index_at, frames * INDEX.itemsize)
+            raise self.bad("is cut short or damaged (the footer does not fit)")
+        ahead = len(tail) - (size - index_at)
+        table = tail[ahead : -FOOTER.size] if ahead >= 0 else self._read(index_at, frames * INDEX.itemsize)
         if xxhash.xxh3_64_intdigest(table) != index_checksum:
-            raise self._bad("the index's checksum does not match")
+            raise self.bad("the index's checksum does not match")
         self.index = np.frombuffer(table, INDEX)
-        sizes = self.index["compressed"].astype(np.uint64)
-        begin = PREFIX.size + length
-        fits = (self.index["offset"] == begin + np.cumsum(sizes) - sizes).all() and begin + int(sizes.sum()) == index_at
-        if not fits:
-            raise self._bad("the frames do not lie one behind the other from the header to the index")
-        if frames != self.header["end"] - self.header["start"]:
-            raise self._bad(f"has {frames} frames for positions {self.header['start']} to {self.header['end']}")
+        self._check_index(PREFIX.size + length, index_at)
 
-    def _header(self, text: bytes) -> dict[str, Any]:
+    def _header(self, text: bytes) -> tuple[dict[str, Any], Codec]:
         try:
             header = json.loads(text)
         except (ValueError, RecursionError):
-            raise self._bad("the header is not JSON") from None
+            raise self.bad("the header is not JSON") from None
         numbers = [header.get(name) for name in NUMBERS] if isinstance(header, dict) else [None]
-        if not all(type(number) is int and number >= 0 for number in numbers) or header["start"] > header["end"]:
-            raise self._bad(f"the header must give whole numbers {', '.join(NUMBERS)}, found {str(header)[:200]}")
-        return header
+        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or header["start"] > header["end"]:
+            raise self.bad(f"the header must give whole numbers {', '.join(NUMBERS)}, found {str(header)[:200]}")
+        try:
+            return header, Codec.read(header.get("codec"))
+        except ValueError as error:
+            raise self.bad(f"the header's codec: {error}") from None
 
-    def _bytes(self, start: int, length: int) -> bytes:
-        return self.data[start : start + length].tobytes()
+    def _check_index(self, begin: int, end: int) -> None:
+        index, header, how = self.index, self.header, self.codec
+        sizes = index["compressed"].astype(np.uint64)
+        fits = (index["offset"] == begin + np.cumsum(sizes) - sizes).all() and begin + int(sizes.sum()) == end
+        if not fits:
+            raise self.bad("the frames do not lie one behind the other from the header to the index")
+        if len(index) != header["end"] - header["start"]:
+            raise self.bad(f"has {len(index)} frames for positions {header['start']} to {header['end']}")
+        raw, rows = index["raw"].astype(np.int64), index["rows"].astype(np.int64)
+        per_row, per_entry = how.frame_bytes(1, 0), how.frame_bytes(0, 1)
+        entries = (raw - rows * per_row) // per_entry
+        wrong = (rows > header["sequence_length"]) | (raw != rows * per_row + entries * per_entry)
+        wrong |= (entries < 0) | (entries > rows * how.k) | (raw > sizes.astype(np.int64) * LARGEST_RATIO)
+        if wrong.any() or (index["zero"] != 0).any():
+            place = header["start"] + int(np.flatnonzero(wrong | (index["zero"] != 0))[0])
+            raise self.bad(f"position {place}: the index entry does not fit the header or the file")
+        if (int(rows.sum()), int(entries.sum())) != (header["rows"], header["entries"]):
+            raise self.bad(f"the index has {rows.sum()} rows and {entries.sum()} entries, the header says otherwise")
 
-    def _bad(self, what: str) -> UserError:
-        return UserError(f"{self.path}: {what}. Remove the file and run `ki-ds teach`: it is computed anew.")
+    def _read(self, start: int, length: int) -> bytes:
+        try:
+            found = self.source.read(start, length)
+        except OSError as error:
+            raise UserError(f"{self.place}: cannot be read ({error})") from None
+        if len(found) != length:
+            raise self.bad("was cut short")
+        return found
 
-    def frame(self, position: int) -> Frame:
-        """The frame of a stream position.
+    def bad(self, what: str) -> UserError:
+        """The error of a damaged shard, with its remedy."""
+        return UserError(
+            f"{self.place}: {what}. Run `ki-ds targets repair` on its folder and then `ki-ds teach`: it is computed "
+            "anew."
+        )
+
+    def read(self, first: int, count: int = 1) -> list[Raw]:
+        """The frames of `count` consecutive positions, decompressed and checked.
 
         Raises:
-            UserError: the frame is damaged.
+            UserError: the shard does not hold them, or one is damaged.
         """
-        place = position - self.header["start"]
-        if not 0 <= place < len(self.index):
-            raise self._bad(f"holds positions {self.header['start']} to {self.header['end']}, asked for {position}")
-        entry = self.index[place]
-        offset, compressed, raw, rows = (int(entry[name]) for name in ("offset", "compressed", "raw", "rows"))
-        k, vocabulary = self.header["k"], self.header["vocabulary"]
-        fits = rows <= self.header["sequence_length"] and raw == codec.frame_bytes(rows, k, vocabulary)
-        if not fits or raw > compressed * LARGEST_RATIO:
-            raise self._bad(f"position {position}: the index entry does not fit the header or the file")
-        packed = self._bytes(offset, compressed)
+        place = first - self.header["start"]
+        if not 0 <= place <= place + count <= len(self.index):
+            raise self.bad(f"holds positions {self.header['start']} to {self.header['end']}, asked for {first}")
+        entries = self.index[place : place + count]
+        if not count:
+            return []
+        begin, last = int(entries[0]["offset"]), entries[-1]
+        data = memoryview(self._read(begin, int(last["offset"]) + int(last["compressed"]) - begin))
+        found = []
+        for position, (at, size, raw, rows, _, checksum, digest) in enumerate(entries.tolist(), first):
+            packed = data[at - begin : at - begin + size]
+            found.append(Raw(position, digest, rows, self._decompressed(packed, raw, checksum, position)))
+        return found
+
+    def _decompressed(self, packed: memoryview, raw: int, checksum: int, position: int) -> bytes:
+        zstd = getattr(_local, "decompressor", None)
+        if zstd is None:
+            zstd = _local.decompressor = zstandard.ZstdDecompressor()
         try:
             if zstandard.frame_content_size(packed) != raw:  # it is allocated before anything is decompressed
-                raise self._bad(f"position {position}: the frame has another size than the index says")
-            data = zstandard.ZstdDecompressor().decompress(packed)
+                raise self.bad(f"position {position}: the frame has another size than the index says")
+            data: bytes = zstd.decompress(packed)
         except zstandard.ZstdError as error:
-            raise self._bad(f"position {position}: cannot be decompressed ({error})") from None
-        if len(data) != raw or xxhash.xxh3_64_intdigest(data) != int(entry["checksum"]):
-            raise self._bad(f"position {position}: the frame's checksum does not match")
-        try:
-            return Frame(int(entry["digest"]), codec.decode(data, rows, k, vocabulary))
-        except ValueError as error:
-            raise self._bad(f"position {position}: {error}") from None
+            raise self.bad(f"position {position}: cannot be decompressed ({error})") from None
+        if len(data) != raw or xxhash.xxh3_64_intdigest(data) != checksum:
+            raise self.bad(f"position {position}: the frame's checksum does not match")
+        return data
 
-
-class ShardFolder:
-    """Random access to the frames of a folder of shards, with the last few shards kept open."""
-
-    def __init__(
-        self,
-        folder: Path,
-        positions: int,
-        positions_per_shard: int,
-        keep_open: int = 8,
-        header: dict[str, Any] | None = None,
-    ):
-        """`header`: what every shard's header must say, for instance its K and vocabulary."""
-        self.folder, self.positions, self.per_shard = folder, positions, positions_per_shard
-        self.header = header or {}
-        self.keep_open = keep_open
-        self.shards: OrderedDict[int, Shard] = OrderedDict()
-
-    def frame(self, position: int) -> Frame:
-        """The frame of a stream position.
+    def planes(self, frames: list[Raw]) -> Planes:
+        """The rows of some of its frames, one after the other.
 
         Raises:
-            UserError: the shard is missing or damaged.
+            UserError: naming the first frame that is not one.
         """
-        number = position // self.per_shard
-        shard = self.shards.pop(number, None) or self._open(number)
-        self.shards[number] = shard
-        if len(self.shards) > self.keep_open:
-            self.shards.popitem(last=False)
-        return shard.frame(position)
-
-    def _open(self, number: int) -> Shard:
-        shard = Shard(self.folder / self.name(number))
-        start = number * self.per_shard
-        expected = {**self.header, "start": start, "end": min(start + self.per_shard, self.positions)}
-        for key, value in expected.items():
-            if shard.header.get(key) != value:
-                raise shard._bad(f"its header gives {key} = {shard.header.get(key)}, expected {value}")
-        return shard
-
-    def name(self, number: int) -> str:
-        """File name of the shard with this number."""
-        start = number * self.per_shard
-        return shard_name(start, min(start + self.per_shard, self.positions))
-
-    def __len__(self) -> int:
-        return -(-self.positions // self.per_shard)
-
-    def missing(self) -> list[int]:
-        """Numbers of the shards that are not there."""
-        return [number for number in range(len(self)) if not (self.folder / self.name(number)).exists()]
+        try:
+            return self.codec.decode([frame.data for frame in frames], [frame.rows for frame in frames])
+        except ValueError:
+            for frame in frames:
+                try:
+                    self.codec.decode([frame.data], [frame.rows])
+                except ValueError as error:
+                    raise self.bad(f"position {frame.position}: {error}") from None
+            raise

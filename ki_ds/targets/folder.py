@@ -1,0 +1,177 @@
+"""A folder of shards, local or behind a URL, read by stream position."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ki_ds import sealed
+from ki_ds.errors import UserError
+from ki_ds.targets import codec
+from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.shard import Raw, Shard, shard_name
+from ki_ds.targets.source import Place, Source, join, names
+
+THREADS = 8  # of reads that wait for a server at the same time
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What is stored at some stream positions."""
+
+    planes: Planes
+    rows: list[int]  # of each position
+    digests: list[int]  # of the input that the teacher saw
+
+
+class ShardFolder:
+    """Random access to the frames of a folder. Header and index of the last few shards are kept, but no open file."""
+
+    def __init__(
+        self,
+        folder: Place,
+        positions: int,
+        positions_per_shard: int,
+        header: dict[str, Any] | None = None,
+        keep: int = 128,
+    ):
+        """`header`: what every shard's header must say, for instance its codec. `keep`: indices in memory."""
+        self.folder, self.positions, self.per_shard = folder, positions, positions_per_shard
+        self.header, self.keep = header or {}, keep
+        self.shards: OrderedDict[int, Shard] = OrderedDict()
+        self.lock = threading.Lock()
+        self.pool: ThreadPoolExecutor | None = None
+
+    @property
+    def codec(self) -> Codec:
+        """Of every shard, where the folder was opened by its manifest."""
+        return Codec.read(self.header["codec"])
+
+    def read(self, positions: np.ndarray) -> Targets:
+        """The targets of stream positions, in their order; neighbours are read at once, the rest in threads.
+
+        Raises:
+            UserError: a shard is missing or damaged.
+        """
+        runs = self._runs([int(position) for position in positions])
+        if len(runs) == 1:
+            parts = [self._run(runs[0])]
+        else:
+            self.pool = self.pool or ThreadPoolExecutor(THREADS, thread_name_prefix="targets")
+            parts = list(self.pool.map(self._run, runs))
+        frames = [frame for _, part in parts for frame in part]
+        planes = []
+        for shard, part in _joined(parts):
+            planes.append(shard.planes(part))
+        if not planes:
+            raise ValueError("no position was asked for")
+        return Targets(codec.concatenate(planes), [f.rows for f in frames], [f.digest for f in frames])
+
+    def _runs(self, positions: list[int]) -> list[tuple[int, int]]:
+        """(first, count) of consecutive positions within a shard."""
+        runs: list[tuple[int, int]] = []
+        for position in positions:
+            if not 0 <= position < self.positions:
+                raise UserError(
+                    f"{self.folder}: holds positions 0 to {self.positions}, asked for {position}. Run `ki-ds teach`: "
+                    "it appends what is missing."
+                )
+            first, count = runs[-1] if runs else (-1, 0)
+            if runs and position == first + count and position // self.per_shard == first // self.per_shard:
+                runs[-1] = (first, count + 1)
+            else:
+                runs.append((position, 1))
+        return runs
+
+    def _run(self, run: tuple[int, int]) -> tuple[Shard, list[Raw]]:
+        shard = self.shard(run[0] // self.per_shard)
+        return shard, shard.read(*run)
+
+    def shard(self, number: int) -> Shard:
+        """An opened shard.
+
+        Raises:
+            UserError: it is missing, damaged, or not of this folder.
+        """
+        with self.lock:
+            known = self.shards.get(number)
+            if known:
+                self.shards.move_to_end(number)
+                return known
+        shard = self._open(number)
+        with self.lock:
+            self.shards[number] = shard
+            while len(self.shards) > self.keep:
+                self.shards.popitem(last=False)
+        return shard
+
+    def _open(self, number: int) -> Shard:
+        shard = Shard(join(self.folder, self.name(number)))
+        start = number * self.per_shard
+        expected = {**self.header, "start": start, "end": min(start + self.per_shard, self.positions)}
+        for key, value in expected.items():
+            if shard.header.get(key) != value:
+                raise shard.bad(f"its header gives {key} = {shard.header.get(key)}, expected {value}")
+        return shard
+
+    def name(self, number: int) -> str:
+        """File name of the shard with this number."""
+        start = number * self.per_shard
+        return shard_name(start, min(start + self.per_shard, self.positions))
+
+    def __len__(self) -> int:
+        return -(-self.positions // self.per_shard)
+
+    def missing(self) -> list[int]:
+        """Numbers of the shards that are not there."""
+        there = names(self.folder)
+        return [number for number in range(len(self)) if self.name(number) not in there]
+
+
+def _joined(parts: list[tuple[Shard, list[Raw]]]) -> list[tuple[Shard, list[Raw]]]:
+    """Runs of neighbouring parts with the same codec, so that few, long decodings are left."""
+    joined: list[tuple[Shard, list[Raw]]] = []
+    for shard, frames in parts:
+        if joined and joined[-1][0] is shard:
+            joined[-1] = (shard, joined[-1][1] + frames)
+        else:
+            joined.append((shard, frames))
+    return joined
+
+
+def read_facts(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
+    """(facts, whole manifest) of a sealed targets folder, local or remote.
+
+    Raises:
+        UserError: it is not there, not sealed, or holds no targets.
+    """
+    source = Source(join(folder, sealed.MANIFEST))
+    try:
+        data = sealed.parse_manifest(source.read(0, source.size()), str(source.place))
+    except FileNotFoundError:
+        raise UserError(
+            f"{folder}: there is no {sealed.MANIFEST}: not a finished targets folder. `ki-ds teach` makes and finishes "
+            "one."
+        ) from None
+    except OSError as error:
+        raise UserError(f"{source.place}: cannot be read ({error})") from None
+    facts = data["facts"]
+    if data["stage"] != "teach" or not {"positions", "positions_per_shard", "header"} <= facts.keys():
+        raise UserError(f"{source.place}: not the manifest of a targets folder (stage {json.dumps(data['stage'])})")
+    return facts, data
+
+
+def open_folder(folder: Place) -> ShardFolder:
+    """A sealed targets folder by its manifest, local or remote.
+
+    Raises:
+        UserError: it is not there, not sealed, or holds no targets.
+    """
+    facts, _ = read_facts(folder)
+    return ShardFolder(folder, facts["positions"], facts["positions_per_shard"], facts["header"])
