@@ -314,8 +314,8 @@ class Codec:
         full = bool((count == k).all())
         kept = None if full else np.arange(k) < count[:, None]
         # 16 bits are enough where the vocabulary fits: a sum that wraps does not rise, which is looked for below
-        wide = np.uint16 if self._bytes_of_id == 2 else np.uint32
-        flat = columns[0].astype(wide)
+        wide: Any = np.uint16 if self._bytes_of_id == 2 else np.uint32
+        flat: Any = columns[0].astype(wide)
         for index, column in enumerate(columns[1:-1], 1):
             flat |= column.astype(wide) << wide(8 * index)
         if kept is None:
@@ -323,7 +323,7 @@ class Codec:
         else:
             gaps, values = np.zeros((n, k), wide), np.zeros((n, k), np.uint8)
             gaps[kept], values[kept] = flat, columns[-1]
-        ids = np.cumsum(gaps, axis=1, dtype=wide)
+        ids: Any = np.cumsum(gaps, axis=1, dtype=wide)
         rising = ids[:, 1:] > ids[:, :-1]
         if not (rising if kept is None else rising | ~kept[:, 1:]).all():
             raise ValueError("the ids of a row do not rise")
