@@ -92,13 +92,12 @@ class Gathered:
 
     def __init__(self, rows: int, how: Codec, reading: Reading):
         self.rows, self.reading, self.quantum = rows, reading, how.quantum
-        self.k = min(reading.k, how.k)
         self.parts: list[tuple[np.ndarray, Codec, Planes]] = []
 
     def add(self, rows_M: np.ndarray, how: Codec, planes: Planes) -> None:
         """Targets of some of the rows."""
-        if how.values == "log-probability" and planes.ids_nK.shape[1] > self.k:
-            planes = how.prefix(planes, self.k)
+        if how.values == "log-probability" and planes.ids_nK.shape[1] > self.reading.k:
+            planes = how.prefix(planes, self.reading.k)
         self.parts.append((rows_M, how, planes))
 
     def packed(self) -> PackedTargets:
@@ -117,8 +116,9 @@ class Gathered:
                 break
             for name, values in found.items():
                 if name not in columns:
-                    columns[name] = np.zeros((self.rows, *values.shape[1:]), values.dtype)
-                columns[name][rows, ...] = values
+                    columns[name] = np.zeros((self.rows, width)[: values.ndim], values.dtype)
+                into = columns[name] if values.ndim == 1 else columns[name][:, : values.shape[1]]
+                into[rows] = values
         given = {name: torch.from_numpy(np.ascontiguousarray(x)) for name, x in columns.items() if name != "ids"}
         ids = torch.from_numpy(np.ascontiguousarray(columns["ids"]).view(np.int16))
         return PackedTargets(ids, given.get("high"), given["values"], given["count"], self.quantum, given.get("tail"))

@@ -17,11 +17,14 @@ from ki_ds.experiment import Experiment
 from ki_ds.graph import load_experiment, stages
 from ki_ds.progress import duration, say
 from ki_ds.sealed import remedy
+from ki_ds.targets.commands import app as targets_app
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Knowledge inheritance: pre-train a larger language model with the help of a smaller one.",
 )  # fmt: skip
+
+app.add_typer(targets_app, name="targets")
 
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.json", help="the experiment file")]
 Scale = Annotated[str | None, typer.Option(help="apply one of the file's scales (a JSON merge patch)")]

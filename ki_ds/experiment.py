@@ -187,7 +187,9 @@ class TargetSettings(Strict):
     def _belongs(self) -> TargetSettings:
         own = {"top_p": {"k", "p"}, "sampled": {"draws"}}.get(self.select, {"k"})
         for name in sorted(self.model_fields_set - own - {"select"}):
-            raise ValueError(f'"{name}" does not belong to "select": "{self.select}", which takes {", ".join(own)}')
+            raise ValueError(
+                f'"{name}" does not belong to "select": "{self.select}", which takes {", ".join(sorted(own))}'
+            )
         if self.select == "top_p" and self.p is None:
             raise ValueError('"top_p" needs "p", the mass to be reached')
         return self
@@ -207,7 +209,7 @@ class TargetSettings(Strict):
 class Distortion(Strict):
     """What quantisation may cost: KL(teacher ‖ stored teacher) of a position's kept ids, in nats."""
 
-    mean: Annotated[float, Field(gt=0, le=0.04)] = Field(2e-4, description="over a shard; fixes the quantum")
+    mean: Annotated[float, Field(ge=5e-8, le=0.04)] = Field(2e-4, description="over a shard; fixes the quantum")
     max: Annotated[float, Field(gt=0)] = 2e-3
 
 

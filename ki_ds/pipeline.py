@@ -20,6 +20,7 @@ from ki_ds.errors import StageFailed, UserError
 from ki_ds.graph import Kind, Stage, stages, targets_needed
 from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, check_identity, state
+from ki_ds.targets.folder import read_facts
 from ki_ds.teach import complete
 from ki_ds.worker import work
 from ki_ds.workspace import Workspace
@@ -49,8 +50,8 @@ def default_processes(space: Workspace) -> int:
     return next((count for count in counts if all(batch % count == 0 for batch in batches)), 1)
 
 
-def preflight(space: Workspace, processes: int) -> None:
-    """Everything that can be refused before anything runs.
+def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = None) -> None:
+    """Everything that can be refused before anything of these kinds (all by default) runs.
 
     Raises:
         UserError: with every problem found in the experiment, the engine JSON, the sources and the given models.
@@ -79,7 +80,9 @@ def preflight(space: Workspace, processes: int) -> None:
         place = f"models.{name}"
         if model.train and unfinished("train", name):
             gather(engine.micro_batch_size, model.train, processes, place)
-        if tokenizer is None:
+        for one in (model.targets if kinds is None or "train" in kinds else None) or ():
+            gather(read_facts, space.stored(name, one))
+        if tokenizer is None or model.targets:
             continue
         config = gather(space.model_config, name, tokenizer)
         if model.pretrained and config is not None:
@@ -171,7 +174,7 @@ def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, na
         UserError: the input is wrong, or an earlier stage is missing.
         StageFailed: a launched stage failed.
     """
-    preflight(space, launch.processes)
+    preflight(space, launch.processes, kinds)
     chosen = [s for s in stages(space.experiment) if (kinds is None or s.kind in kinds) and name in (None, s.name)]
     if not chosen:
         known = [s.name for s in stages(space.experiment) if kinds is None or s.kind in kinds]

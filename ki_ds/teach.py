@@ -32,12 +32,12 @@ from ki_ds.targets.codec import Codec
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.select import Selected, select
 from ki_ds.targets.selection import Selection
-from ki_ds.targets.shard import Block, pack_block, write_shard
+from ki_ds.targets.shard import Block, check_bound, pack_block, write_shard
+from ki_ds.targets.verify import ASIDE
 
 MICRO_BATCH = 16  # sequences
 LOGIT_BYTES = 64 << 20  # of fp32 logits at once
 ENCODERS = 4  # threads that pack and compress while the teacher computes on
-ASIDE = "aside"  # where damaged shards are kept
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
             start = missing[number] * lesson.positions_per_shard
             end = min(start + lesson.positions_per_shard, lesson.positions)
             blocks = compute(engine, lesson, np.arange(start, end), device, progress)
-            check_bound(lesson, start, blocks)
+            place = f"models.{lesson.teacher_name}: its targets from stream position {start} on"
+            check_bound(blocks, lesson.bound, lesson.codec, place)
             write_shard(folder / shards.name(missing[number]), lesson.codec, lesson.header, start, blocks)
     if distributed.rank() == 0:
         if shards.missing():
@@ -105,27 +106,6 @@ def finish(folder: Path, identity: Identity, positions: int, per_shard: int, hea
     """Seal a targets folder whose shards are all there."""
     facts = {"positions": positions, "positions_per_shard": per_shard, "header": header}
     return seal(folder, identity, facts, leave_out=(ASIDE,))
-
-
-def check_bound(lesson: Lesson, start: int, blocks: list[Block]) -> None:
-    """Check what quantisation has cost.
-
-    Raises:
-        UserError: more than the experiment allows.
-    """
-    every = np.concatenate([np.zeros(0), *(block.distortion_n for block in blocks)])
-    if not len(every):
-        return
-    for name, found, allowed in (
-        ("mean", float(every.mean()), lesson.bound.mean), ("max", float(every.max()), lesson.bound.max)
-    ):  # fmt: skip
-        if found > allowed:
-            reach = 255 * lesson.codec.quantum
-            raise UserError(
-                f"target_distortion.{name}: the targets of models.{lesson.teacher_name} from stream position {start} "
-                f"on lose {found:.2g} nats, allowed are {allowed:g}. Quanta of {lesson.codec.quantum:.3g} nats reach "
-                f"{reach:.3g} below a position's first id: raise the bounds, or lower inherit.targets.k."
-            )
 
 
 def complete(folder: Path, positions: int) -> bool:

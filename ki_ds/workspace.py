@@ -116,7 +116,7 @@ class Workspace:
         said = identity.config["selection"]
         counts = said["kind"] == "sampled"
         return Codec(
-            self.tokenizer.size, min(said["k"], self.tokenizer.size), 0.0 if counts else identity.config["quantum"],
+            self.tokenizer.size, min(said["k"], self.tokenizer.size), identity.config["quantum"],
             "count" if counts else "log-probability", tuple(identity.config["scalars"]),
         )  # fmt: skip
 
@@ -217,11 +217,10 @@ class Workspace:
         found, wanted = open_folder(folder), model.inherit.targets
         place, how = f"models.{name}.inherit.targets", found.codec
         selection = wanted.selection(model.inherit.temperature)
-        counts = how.values == "count"
-        if counts != (selection.kind == "sampled"):
-            raise UserError(f"{folder}: holds {how.values} values; expected what {place} selects, {selection.kind}")
-        if how.k < min(selection.k, self.tokenizer.size) or (counts and found.header["selection"] != selection.record):
-            raise UserError(f"{folder}: holds {found.header['selection']}; expected {place} {selection.record}")
+        said, counts = found.header["selection"], how.values == "count"
+        alike = {**said, "k": 0} == {**selection.record, "k": 0} and counts == (selection.kind == "sampled")
+        if not alike or how.k < min(selection.k, self.tokenizer.size) or (counts and said["k"] != selection.k):
+            raise UserError(f"{folder}: holds {said}; expected {place} {selection.record}")
         if wanted.tail and tail_name(model.inherit.temperature) not in how.scalars:
             raise UserError(
                 f"{folder}: the tail's weight is stored at {', '.join(how.scalars[2:])}; expected "
@@ -231,7 +230,18 @@ class Workspace:
             raise UserError(
                 f"{folder}: of a vocabulary of {how.vocabulary} ids; the tokenizer has {self.tokenizer.size}"
             )
+        if stage is None and found.positions < (read := self._positions_read(name, corpus)):
+            raise UserError(
+                f"{folder}: holds {found.positions} positions; expected the {read} that models.{name} reads of "
+                f"corpora.{corpus} while it is taught"
+            )
         return found
+
+    def _positions_read(self, name: str, corpus: str) -> int:
+        train, inherit = self.experiment.models[name].train, self.experiment.models[name].inherit
+        assert train is not None
+        every = Mix(list(train.on.values())).counts(teacher_steps(inherit, train.steps) * train.batch_size)
+        return min(every[list(train.on).index(corpus)], self.experiment.views * len(self.tokens(corpus).train))
 
     def lanes(self, name: str) -> list[Lane]:
         """The corpora that a model is trained on, with its teachers' targets."""
@@ -301,7 +311,8 @@ class Workspace:
             f"models/{needed.teacher}": self.model_digest(needed.teacher),
             f"corpora/{needed.corpus}": self.tokens(needed.corpus).digest,
         }
-        selection, quantum = needed.selection, codec.quantum(self.experiment.target_distortion.mean)
+        selection = needed.selection
+        quantum = 0.0 if selection.kind == "sampled" else codec.quantum(self.experiment.target_distortion.mean)
         scalars = [*scalar_names(selection, needed.temperatures)]
         config = {**viewing, "selection": selection.record, "scalars": scalars, "quantum": quantum}
         for name in (MANIFEST, UNSEALED):

@@ -106,20 +106,24 @@ def _chunk(
         logp_all, tail_all = targets.log_probabilities(temperature, logits.dtype)
         logp = logp_all[taught]
         p = torch.where(kept, logp.exp(), 0)
-        scaled = scaled.sub_(scaled.logsumexp(dim=1, keepdim=True))  # now log softmax(z / τ)
-        kl = divergence(logp, scaled.gather(1, ids), kept)
+        lse_scaled = scaled.logsumexp(dim=1)
+        logq = scaled.gather(1, ids) - lse_scaled[:, None]
+        kl = divergence(logp, logq, kept)
         if tail_all is not None:
             tail = tail_all[taught]
-            q = scaled.exp_()
-            held = q.gather(1, ids)
             # an entry that does not hold points at id 0, which may not be kept: it points at a kept one instead
-            rest = q.scatter(1, torch.where(kept, ids, ids[:, :1]), 0).sum(dim=1).clamp(min=torch.finfo(q.dtype).tiny)
-            kl = kl + divergence(tail, rest.log(), torch.isfinite(tail))
+            scaled.scatter_(1, torch.where(kept, ids, ids[:, :1]), -torch.inf)
+            # in logarithms: what a sure student leaves to the other ids is 0 in fp32, its logarithm is not
+            lse_rest = scaled.logsumexp(dim=1)
+            rest = lse_rest - lse_scaled
+            kl = kl + divergence(tail, rest, torch.isfinite(tail))
             if gradient:
-                share = torch.where(tail.exp() > 0, tail.exp() / rest, 0)[:, None]
-                pull = (q * (1 - share)).scatter_add_(1, ids, torch.where(kept, held * share - p, 0))
+                # Σ_{u not kept} q_u - p_tail, shared out by softmax over these ids; where all are kept, exp(-inf) = 0
+                pull = scaled.sub_(lse_rest.clamp(min=torch.finfo(rest.dtype).min)[:, None]).exp_()
+                pull *= (rest.exp() - tail.exp())[:, None]
+                pull.scatter_add_(1, ids, torch.where(kept, logq.exp() - p, 0))
         elif gradient:
-            pull = scaled.exp_().scatter_add_(1, ids, -p)
+            pull = scaled.sub_(lse_scaled[:, None]).exp_().scatter_add_(1, ids, -p)
         kl_N[taught] = kl
         if pull is not None:
             pull *= (alpha[taught] * temperature)[:, None]

@@ -21,20 +21,22 @@ import numpy as np
 import zstandard
 
 LARGEST = 255  # of the values plane
-NAT = 512  # units of a scalar in a nat
+NAT = 256  # units of a scalar in a nat
 MINUS_INFINITY = -(1 << 15)  # the scalar that says so
 LEVEL = 1  # of zstd: the planes hold no repetitions worth a search, only skewed bytes
+BLOCK = zstandard.COMPRESSOBJ_FLUSH_BLOCK
 VALUES = ("log-probability", "count")
 KEYS = {"vocabulary", "k", "values", "quantum", "scalars"}
 
 
 def quantum(mean_nats: float) -> float:
-    """The largest quantum, a multiple of 1/1024 nat, with q²/24 ≤ the bound on the mean KL.
+    """The largest quantum, a multiple of 1/1024 nat, with q²/24 ≤ four fifths of the bound on the mean KL; the rest is
+    for the scatter of small shards.
 
     Raises:
         ValueError: the bound is so tight that no quantum meets it.
     """
-    steps = math.floor(1024 * math.sqrt(24 * mean_nats))
+    steps = math.floor(1024 * math.sqrt(24 * 0.8 * mean_nats))
     if steps < 1:
         raise ValueError(f"a mean distortion of {mean_nats:g} nats is below what the smallest quantum, 1/1024, gives")
     return steps / 1024
@@ -48,7 +50,7 @@ class Planes:
     high_nK: np.ndarray | None  # uint8, bits above 16
     values_nK: np.ndarray  # uint8: quanta below the row's most probable id, or counts; 0 where an entry does not hold
     count_n: np.ndarray  # uint16, entries that hold
-    scalars_Sn: np.ndarray  # int16, in 1/512 nat
+    scalars_Sn: np.ndarray  # int16, in 1/256 nat
 
     def __len__(self) -> int:
         return len(self.count_n)
@@ -117,6 +119,12 @@ class Codec:
         named = isinstance(scalars, list) and all(isinstance(name, str) for name in [*scalars, values])
         if not whole or not named or type(header["quantum"]) not in (int, float):
             raise ValueError(f"a key of the wrong type in {str(header)[:200]}")
+        if not 0 <= header["quantum"] <= 1:
+            raise ValueError(f"a quantum of {str(header['quantum'])[:50]} nats")
+        temperatures = [float(name.removeprefix("tail@")) for name in scalars if name.startswith("tail@")]
+        lacking = values == VALUES[0] and "first" not in scalars
+        if lacking or len(set(scalars)) < len(scalars) or not all(0 < t < math.inf for t in temperatures):
+            raise ValueError(f"expected scalars of different names, one of them first, found {str(scalars)[:200]}")
         return cls(header["vocabulary"], header["k"], float(header["quantum"]), values, tuple(scalars))
 
     @property
@@ -134,8 +142,7 @@ class Codec:
             nats = np.asarray(given[name], np.float64)
             if np.isnan(nats).any():
                 raise ValueError(f"{name} is not a number in row {int(np.flatnonzero(np.isnan(nats))[0])}")
-            fixed = np.clip(np.rint(nats * NAT), MINUS_INFINITY + 1, -MINUS_INFINITY - 1)
-            into[:] = np.where(np.isneginf(nats), MINUS_INFINITY, fixed)
+            into[:] = _fixed(nats)
         return stored
 
     def empty(self, rows: int) -> Planes:
@@ -169,7 +176,7 @@ class Codec:
             distortion_n = np.zeros(len(ids_nK), np.float32)
         else:
             logp = given_nK.astype(np.float32, copy=False)
-            kept = logp > -np.inf
+            kept = np.isfinite(logp)
             if not (kept | np.isneginf(logp)).all():
                 raise ValueError("a log-probability is not a number")
             values, distortion_n = self._quantise(logp, kept)
@@ -240,7 +247,7 @@ class Codec:
                 lost = np.where(held, np.exp(cut * (-self.quantum / float(name[5:]))), 0).sum(axis=1)
                 with np.errstate(divide="ignore"):
                     tail = np.logaddexp(self.scalar(planes, name), np.log(lost))
-                into[:] = np.where(np.isneginf(tail), MINUS_INFINITY, np.rint(tail * NAT))
+                into[:] = _fixed(tail)
         return Codec(self.vocabulary, k, self.quantum, self.values, self.scalars)._planes(words, count, scalars)
 
     # ------------------------------------------------------------------------------------------------- frames
@@ -248,7 +255,8 @@ class Codec:
     def encode(self, planes: Planes, ends: np.ndarray) -> list[list[bytes]]:
         """The uncompressed frames of sequences whose rows end at `ends`, each as its parts.
 
-        Parts: count and scalars; low bytes of the ids' gaps; second bytes; (third bytes;) values.
+        Parts: counts and scalars, high bytes; low bytes; the ids' gaps, lowest bytes; second bytes; (third bytes;)
+        values.
         """
         ids = planes.ids()
         gaps = np.diff(ids, axis=1, prepend=np.uint32(0))
@@ -262,14 +270,14 @@ class Codec:
             gaps, values = gaps[kept], values[kept]
         octets = gaps.astype("<u4", copy=False).view(np.uint8).reshape(-1, 4)
         columns = [octets[:, i].tobytes() for i in range(self._bytes_of_id)] + [values.tobytes()]
-        scalars = planes.scalars_Sn.astype("<i2", copy=False).view(np.uint8).reshape(len(self.scalars), -1, 2)
+        numbers = np.concatenate([planes.count_n[None].view(np.int16), planes.scalars_Sn]).astype("<i2", copy=False)
+        numbers = numbers.view(np.uint8).reshape(len(self.scalars) + 1, -1, 2)
         entries = np.concatenate([[0], np.cumsum(planes.count_n, dtype=np.int64)])
         frames, begin = [], 0
         for end in ends:
-            few = [planes.count_n[begin:end].astype("<u2").tobytes()]
-            few += [scalars[:, begin:end, i].tobytes() for i in (1, 0)]
+            few = (numbers[:, begin:end, i].tobytes() for i in (1, 0))
             a, b = entries[begin], entries[end]
-            frames.append([b"".join(few), *(column[a:b] for column in columns)])
+            frames.append([*few, *(column[a:b] for column in columns)])
             begin = end
         return frames
 
@@ -285,26 +293,24 @@ class Codec:
                 vocabulary.
         """
         width, scalars = self._bytes_of_id, len(self.scalars)
-        parts: list[list[np.ndarray]] = [[] for _ in range(2 + width + 1)]
+        octets: list[np.ndarray] = [np.zeros((2, scalars + 1, 0), np.uint8)]
+        parts: list[list[np.ndarray]] = [[] for _ in range(width + 1)]
         for data, n in zip(frames, rows, strict=True):
             flat = np.frombuffer(data, np.uint8)
             at = n * (2 + 2 * scalars)
             entries, rest = divmod(len(flat) - at, width + 1)
             if entries < 0 or rest:
                 raise ValueError(f"{len(flat)} bytes do not make a frame of {n} rows")
-            parts[0].append(flat[: 2 * n].view("<u2"))
-            if int(parts[0][-1].sum(dtype=np.int64)) != entries:
+            octets.append(flat[:at].reshape(2, scalars + 1, n))
+            if 256 * int(octets[-1][0, 0].sum(dtype=np.int64)) + int(octets[-1][1, 0].sum(dtype=np.int64)) != entries:
                 raise ValueError(f"the counts of its rows do not sum to its {entries} entries")
-            parts[1].append(flat[2 * n : at].reshape(2, scalars, n))
-            for index in range(width + 1):
-                parts[2 + index].append(flat[at + index * entries : at + (index + 1) * entries])
-        count = np.concatenate([np.zeros(0, np.uint16), *parts[0]]).astype(np.uint16, copy=False)
-        octets = np.concatenate([np.zeros((2, scalars, 0), np.uint8), *parts[1]], axis=2).astype(np.uint16)
-        columns = [np.concatenate(part) if part else np.zeros(0, np.uint8) for part in parts[2:]]
-        ids, values = self._unpack(columns, count)
+            for index, part in enumerate(parts):
+                part.append(flat[at + index * entries : at + (index + 1) * entries])
+        high_low = np.concatenate(octets, axis=2).astype(np.uint16)
+        numbers = (high_low[0] << 8) | high_low[1]
+        ids, values = self._unpack([np.concatenate([np.zeros(0, np.uint8), *part]) for part in parts], numbers[0])
         high = (ids >> 16).astype(np.uint8) if width == 3 else None
-        stored = ((octets[0] << 8) | octets[1]).view(np.int16)
-        return Planes(ids.astype(np.uint16, copy=False), high, values, count, stored)
+        return Planes(ids.astype(np.uint16, copy=False), high, values, numbers[0], numbers[1:].view(np.int16))
 
     def _unpack(self, columns: list[np.ndarray], count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ids [n, K] and values [n, K] from the columns of entries."""
@@ -339,6 +345,12 @@ class Codec:
         return ids, values
 
 
+def _fixed(nats: np.ndarray) -> np.ndarray:
+    """Nats in the units of a scalar; what is out of its range is held at the range's end."""
+    held = np.clip(np.rint(nats * NAT), MINUS_INFINITY + 1, -MINUS_INFINITY - 1)
+    return np.where(np.isneginf(nats), MINUS_INFINITY, held)
+
+
 def compressor() -> zstandard.ZstdCompressor:
     """For one thread at a time."""
     return zstandard.ZstdCompressor(
@@ -351,5 +363,5 @@ def compress(zstd: zstandard.ZstdCompressor, parts: list[bytes]) -> bytes:
     stream = zstd.compressobj(size=sum(map(len, parts)))
     pieces = []
     for part in parts:
-        pieces += [stream.compress(part), stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)]
+        pieces += [stream.compress(part), stream.flush(BLOCK)]
     return b"".join([*pieces, stream.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH)])

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from ki_ds import sealed
-from ki_ds.errors import UserError
+from ki_ds.errors import UserError, reason
 from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.shard import Raw, Shard, shard_name
@@ -160,11 +160,25 @@ def read_facts(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
             "one."
         ) from None
     except OSError as error:
-        raise UserError(f"{source.place}: cannot be read ({error})") from None
-    facts = data["facts"]
-    if data["stage"] != "teach" or not {"positions", "positions_per_shard", "header"} <= facts.keys():
-        raise UserError(f"{source.place}: not the manifest of a targets folder (stage {json.dumps(data['stage'])})")
-    return facts, data
+        raise UserError(f"{source.place}: cannot be read ({reason(error)})") from None
+    try:
+        _check_facts(data)
+    except ValueError as error:
+        raise UserError(f"{source.place}: not the manifest of a targets folder ({str(error)[:300]})") from None
+    return data["facts"], data
+
+
+def _check_facts(data: dict[str, Any]) -> None:
+    if data["stage"] != "teach":
+        raise ValueError(f"stage {json.dumps(data['stage'])}")
+    for name, least in (("positions", 0), ("positions_per_shard", 1)):
+        found = data["facts"].get(name)
+        if type(found) is not int or found < least:
+            raise ValueError(f"{name}: found {json.dumps(found)}, expected a whole number")
+    header = data["facts"].get("header")
+    if not isinstance(header, dict):
+        raise ValueError("without the header of its shards")
+    Codec.read(header.get("codec"))
 
 
 def open_folder(folder: Place) -> ShardFolder:

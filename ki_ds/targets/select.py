@@ -51,7 +51,7 @@ def select(
     if selection.kind == "sampled":
         assert uniforms_NK is not None
         ids, counts = draw(logits / selection.temperature, uniforms_NK)
-        return Selected(ids, counts, scalars)
+        return Selected(ids, counts, {"truth": truth})
     ids, logp = top_k(logits, min(selection.k, logits.shape[1]), normaliser)
     if selection.kind == "top_p":
         logp = nucleus(logp, selection.p)
@@ -79,7 +79,10 @@ def top_k(logits_NV: Tensor, k: int, normaliser_N: Tensor) -> tuple[Tensor, Tens
 
 def nucleus(logp_NK: Tensor, p: float) -> Tensor:
     """Log-probabilities in falling order, -inf behind the smallest set that reaches mass p; all where none does."""
-    before = logp_NK.exp().cumsum(dim=1) - logp_NK.exp()
+    if p >= 1:  # rounded sums reach 1 too early
+        return logp_NK
+    mass = logp_NK.double().exp()  # in float64, so that how a device orders its sums decides nothing
+    before = mass.cumsum(dim=1) - mass
     keep = before < p
     keep[:, 0] = True
     return logp_NK.masked_fill(~keep, -torch.inf)

@@ -36,5 +36,6 @@ def tail_name(temperature: float) -> str:
 
 def scalar_names(selection: Selection, temperatures: Sequence[float]) -> tuple[str, ...]:
     """What is stored of each position beside its entries."""
-    tails = () if selection.kind == "sampled" else tuple(tail_name(t) for t in sorted({1.0, *temperatures}))
-    return ("first", "truth", *tails)
+    if selection.kind == "sampled":
+        return ("truth",)
+    return ("first", "truth", *(tail_name(t) for t in sorted({1.0, *temperatures})))

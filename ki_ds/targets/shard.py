@@ -18,13 +18,13 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import xxhash
 import zstandard
 
-from ki_ds.errors import UserError
+from ki_ds.errors import UserError, reason
 from ki_ds.sealed import write_atomically
 from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec, Planes
@@ -38,6 +38,7 @@ INDEX = np.dtype([("offset", "<u8"), ("compressed", "<u4"), ("raw", "<u4"), ("ro
                   ("checksum", "<u8"), ("digest", "<u8")])  # fmt: skip
 LARGEST_HEADER = 1 << 20
 LARGEST_RATIO = 1 << 15  # of zstd: a block of one repeated byte takes 4 bytes for 128 KiB
+LARGEST_PLANE = 1 << 28  # rows · K of a position: 262,144 tokens of 1024 ids; in memory rows are not ragged
 HEAD, TAIL = 1 << 13, 1 << 16  # read at once from the file's ends: most often header and index are in them
 NUMBERS = ("start", "end", "rows", "entries", "sequence_length")  # whole numbers that a header gives
 _local = threading.local()
@@ -80,6 +81,31 @@ def pack_block(how: Codec, planes: Planes, ends: np.ndarray, digests: np.ndarray
     index["rows"] = np.diff(ends, prepend=0)
     index["digest"] = digests
     return Block(frames, index, int(planes.count_n.sum(dtype=np.int64)), distortion_n)
+
+
+class Bound(Protocol):
+    """What quantisation may cost, in nats of KL."""
+
+    mean: float
+    max: float
+
+
+def check_bound(blocks: Sequence[Block], bound: Bound, how: Codec, place: str) -> None:
+    """Check what quantisation has cost the rows of a shard.
+
+    Raises:
+        UserError: more than the bound.
+    """
+    every = np.concatenate([np.zeros(0), *(block.distortion_n for block in blocks)])
+    if not len(every):
+        return
+    for name, found, allowed in (("mean", every.mean(), bound.mean), ("max", every.max(), bound.max)):
+        if found > allowed:
+            raise UserError(
+                f"{place} lose {found:.2g} nats to quantisation; target_distortion.{name} allows {allowed:g}. Quanta "
+                f"of {how.quantum:.3g} nats reach {255 * how.quantum:.3g} nats below a row's first id. Raise the "
+                "bound, or keep fewer ids (inherit.targets.k)."
+            )
 
 
 def write_shard(path: Path, how: Codec, header: dict[str, Any], start: int, blocks: Sequence[Block]) -> dict[str, Any]:
@@ -134,7 +160,7 @@ class Shard:
         except FileNotFoundError:
             raise UserError(f"{place}: is missing. Run `ki-ds teach`: it computes what is not there.") from None
         except OSError as error:
-            raise UserError(f"{place}: cannot be read ({error})") from None
+            raise UserError(f"{place}: cannot be read ({reason(error)})") from None
         if size < PREFIX.size + FOOTER.size or len(head) < min(size, HEAD) or len(tail) < min(size, TAIL):
             raise self.bad(f"has {size} bytes, fewer than an empty shard, or was cut while it was read")
         magic, version, length, checksum = PREFIX.unpack_from(head)
@@ -174,7 +200,7 @@ class Shard:
         try:
             return header, Codec.read(header.get("codec"))
         except ValueError as error:
-            raise self.bad(f"the header's codec: {error}") from None
+            raise self.bad(f"the header's codec: {str(error)[:300]}") from None
 
     def _check_index(self, begin: int, end: int) -> None:
         index, header, how = self.index, self.header, self.codec
@@ -189,6 +215,7 @@ class Shard:
         entries = (raw - rows * per_row) // per_entry
         wrong = (rows > header["sequence_length"]) | (raw != rows * per_row + entries * per_entry)
         wrong |= (entries < 0) | (entries > rows * how.k) | (raw > sizes.astype(np.int64) * LARGEST_RATIO)
+        wrong |= rows * how.k > LARGEST_PLANE
         if wrong.any() or (index["zero"] != 0).any():
             place = header["start"] + int(np.flatnonzero(wrong | (index["zero"] != 0))[0])
             raise self.bad(f"position {place}: the index entry does not fit the header or the file")
@@ -199,7 +226,7 @@ class Shard:
         try:
             found = self.source.read(start, length)
         except OSError as error:
-            raise UserError(f"{self.place}: cannot be read ({error})") from None
+            raise UserError(f"{self.place}: cannot be read ({reason(error)})") from None
         if len(found) != length:
             raise self.bad("was cut short")
         return found

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from ki_ds.errors import UserError
+from ki_ds.errors import UserError, reason
 
 Place = Path | str  # a local path, or an fsspec URL
 
@@ -20,6 +21,20 @@ def _file_system(protocol: str, url: str) -> Any:
         return fsspec.core.url_to_fs(url)[0]
     except (ImportError, ValueError) as error:
         raise UserError(f"{url}: {error}. Install the fsspec package for {protocol}://.") from None
+
+
+def _asked(call: Callable[..., Any], *arguments: Any, **named: Any) -> Any:
+    """What a file system says.
+
+    Raises:
+        OSError: whatever it raises: the packages behind it have exceptions of their own.
+    """
+    try:
+        return call(*arguments, **named)
+    except OSError:
+        raise
+    except Exception as error:
+        raise OSError(f"{type(error).__name__}: {reason(error)}") from None
 
 
 class Source:
@@ -40,7 +55,12 @@ class Source:
             OSError: it cannot be reached.
         """
         if self.fs is not None:
-            return int(self.fs.info(self.place)["size"])
+            info = _asked(self.fs.info, self.place)
+            if info["type"] == "directory":
+                raise IsADirectoryError(21, "is a folder", str(self.place))
+            if info.get("size") is None:
+                raise OSError("the server does not say how long it is")
+            return int(info["size"])
         if os.path.isdir(self.place):
             raise IsADirectoryError(21, "is a folder", str(self.place))
         return os.stat(self.place).st_size
@@ -48,7 +68,7 @@ class Source:
     def read(self, start: int, length: int) -> bytes:
         """A range; shorter where the file ends."""
         if self.fs is not None:
-            return bytes(self.fs.cat_file(self.place, start=start, end=start + length)) if length else b""
+            return bytes(_asked(self.fs.cat_file, self.place, start=start, end=start + length)) if length else b""
         handle = os.open(self.place, os.O_RDONLY)
         try:
             found = os.pread(handle, length, start)
@@ -70,11 +90,21 @@ def place(text: str) -> Place:
 
 
 def names(folder: Place) -> set[str]:
-    """Names of the files in a folder; empty where there is no such folder."""
+    """Names of the files in a folder; empty where there is no such folder.
+
+    Raises:
+        UserError: the server cannot be asked.
+    """
     if isinstance(folder, Path):
         return {entry.name for entry in os.scandir(folder)} if folder.is_dir() else set()
+    fs = Source(folder).fs
     try:
-        listed = Source(folder).fs.ls(folder, detail=False)
+        fs.invalidate_cache()
+        listed = _asked(fs.ls, folder, detail=False)
     except FileNotFoundError:
         return set()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be listed ({reason(error)})") from None
+    finally:
+        fs.invalidate_cache()  # files come and go, and size would ask the listing
     return {str(name).rstrip("/").rsplit("/", 1)[-1] for name in listed}

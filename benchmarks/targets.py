@@ -1,0 +1,244 @@
+"""Measures the stored form of teacher predictions: bytes, distortion, and speed of packing and reading.
+
+    python benchmarks/targets.py                                            # workload (a), synthetic
+    python benchmarks/targets.py --experiment E.json --workdir W --teacher T --corpus C    # (b), a trained teacher
+
+(a) are rows over 50,265 ids with logits -0.9 ln(rank + 10) + 2.2 N(0, 1), of which 8 random ids are raised by
+5 |N(0, 1)|. Speeds are target positions a second of one thread's CPU time, medians of several passes; beside them
+stands a plain format (int32 ids and fp16 log-probabilities, zstd level 3) measured in the same run. Bytes count
+everything in the files. Draws at τ = 0.535 on (a) give the 12 distinct ids a position that the method's authors
+report for a large model; at τ = 1 its rows are flatter than a language model's. Writes a JSON file with --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import zstandard
+from tabulate import tabulate
+
+from ki_ds.sealed import versions
+from ki_ds.targets import codec
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.select import Selected, select
+from ki_ds.targets.selection import Selection, scalar_names
+from ki_ds.targets.shard import pack_block, shard_name, write_shard
+
+K, DRAWS, TEMPERATURE, MEAN_NATS = 128, 50, 2.0, 2e-4
+ROWS = 77  # a position: 15 % of 510 tokens
+BATCH = 16  # positions packed and read at once
+PASSES = 5
+SELECTIONS = {
+    "top_k 128": Selection("top_k", K),
+    "top_p 0.9, k 128": Selection("top_p", K, p=0.9),
+    "sampled 50, tau 1": Selection("sampled", DRAWS, temperature=1.0),
+    "sampled 50, tau 0.535": Selection("sampled", DRAWS, temperature=0.535),
+}
+
+Workload = list[dict[str, Selected]]  # micro-batches of BATCH · ROWS rows, by selection
+
+
+def select_all(logits: torch.Tensor, labels: torch.Tensor, generator: torch.Generator) -> dict[str, Selected]:
+    """Every selection of the same rows."""
+    uniforms = torch.rand(len(labels), DRAWS, generator=generator, dtype=torch.float64)
+    return {
+        name: select(logits, labels, chosen, (1.0, TEMPERATURE), uniforms) for name, chosen in SELECTIONS.items()
+    }  # fmt: skip
+
+
+def joined(parts: list[dict[str, Selected]]) -> dict[str, Selected]:
+    """Rows one after the other."""
+    found = {}
+    for name in SELECTIONS:
+        some = [part[name] for part in parts]
+        scalars = {key: torch.cat([one.scalars[key] for one in some]) for key in some[0].scalars}
+        found[name] = Selected(torch.cat([s.ids_NK for s in some]), torch.cat([s.given_NK for s in some]), scalars)
+    return found
+
+
+def synthetic(batches: int) -> tuple[int, Workload]:
+    """Workload (a); the true token is drawn from the row's own distribution."""
+    vocabulary, made = 50_265, []
+    generator = torch.Generator().manual_seed(0)
+    base = -0.9 * torch.log(torch.arange(vocabulary) + 10.0)
+    for _ in range(batches):
+        parts = []
+        for _ in range(BATCH):
+            logits = base + 2.2 * torch.randn(ROWS, vocabulary, generator=generator)
+            raised = torch.rand(ROWS, vocabulary, generator=generator).topk(8, dim=1).indices
+            logits.scatter_add_(1, raised, 5 * torch.randn(ROWS, 8, generator=generator).abs())
+            labels = torch.multinomial(logits.softmax(dim=1), 1, generator=generator).squeeze(1)
+            parts.append(select_all(logits, labels, generator))
+        made.append(joined(parts))
+    return vocabulary, made
+
+
+@torch.inference_mode()
+def trained(arguments: argparse.Namespace, batches: int) -> tuple[int, Workload]:
+    """Workload (b): a teacher of an experiment over its corpus, as the teach stage sees it."""
+    from ki_ds.graph import load_experiment
+    from ki_ds.models import LanguageModel
+    from ki_ds.workspace import Workspace
+
+    space = Workspace(load_experiment(arguments.experiment), arguments.experiment, arguments.workdir.absolute())
+    model = LanguageModel(space.finished_model(arguments.teacher).eval(), space.tokenizer.size, arguments.teacher)
+    tokens, stream, viewer = (
+        space.tokens(arguments.corpus),
+        space.stream(arguments.corpus),
+        space.viewer(arguments.corpus),
+    )
+    weight, bias = model.head.parameters_VD()
+    generator, position, made = torch.Generator().manual_seed(0), 0, []
+    for _ in range(batches):
+        parts, rows = [], 0
+        while rows < BATCH * ROWS:
+            sequences, views = stream.pairs(np.arange(position, position + 4))
+            view = viewer(tokens.train[sequences], sequences, views)
+            index = np.flatnonzero(view.targets_BS)[: BATCH * ROWS - rows]
+            labels = torch.from_numpy(view.labels_BS.reshape(-1)[index].astype(np.int64))
+            hidden = model.hidden(torch.from_numpy(view.inputs_BS.astype(np.int64)), torch.from_numpy(index))
+            parts.append(select_all(torch.nn.functional.linear(hidden, weight, bias), labels, generator))
+            rows, position = rows + len(index), position + 4
+        made.append(joined(parts))
+    return space.tokenizer.size, made
+
+
+def speed(work: Callable[[], Any], positions: int) -> float:
+    """Target positions a second of this thread's CPU time, median."""
+    work()
+    seconds = []
+    for _ in range(PASSES):
+        began = time.process_time()
+        work()
+        seconds.append(time.process_time() - began)
+    return positions / statistics.median(seconds)
+
+
+def measure(name: str, vocabulary: int, workload: Workload, folder: Path) -> dict[str, Any]:
+    """One selection of one workload."""
+    selection = SELECTIONS[name]
+    counts = selection.kind == "sampled"
+    quantum = 0.0 if counts else codec.quantum(MEAN_NATS)
+    scalars = scalar_names(selection, (1.0, TEMPERATURE))
+    how = Codec(vocabulary, min(selection.k, vocabulary), quantum, "count" if counts else "log-probability", scalars)
+    ends, digests = np.arange(ROWS, BATCH * ROWS + 1, ROWS), np.arange(BATCH, dtype=np.uint64)
+    given = [
+        (one[name].ids_NK.numpy(), one[name].given_NK.numpy(), {k: v.numpy() for k, v in one[name].scalars.items()})
+        for one in workload
+    ]
+
+    def encode() -> list[Any]:
+        blocks = []
+        for ids, values, nats in given:
+            planes, distortion = how.pack(ids, values, nats)
+            blocks.append(pack_block(how, planes, ends, digests, distortion))
+        return blocks
+
+    positions = len(workload) * BATCH
+    header = {"sequence_length": 512, "selection": selection.record}
+    path = folder / shard_name(0, positions)
+    said = write_shard(path, how, header, 0, encode())
+    shards = ShardFolder(folder, positions, positions)
+
+    def decode() -> None:
+        for start in range(0, positions, BATCH):
+            shards.read(np.arange(start, start + BATCH))
+
+    rows, size = said["rows"], path.stat().st_size
+    return {
+        "selection": name, "entries a position": said["entries"] / rows, "bytes an entry": size / said["entries"],
+        "bytes a position": size / rows, "mean KL": said["distortion"]["mean"], "max KL": said["distortion"]["max"],
+        "encode/s": speed(encode, rows), "decode/s": speed(decode, rows),
+    }  # fmt: skip
+
+
+def plain(workload: Workload) -> dict[str, Any]:
+    """The floor: int32 ids and fp16 log-probabilities of the top k, a zstd frame (level 3) a position."""
+    zstd, unzstd = zstandard.ZstdCompressor(level=3), zstandard.ZstdDecompressor()
+    given = [(one["top_k 128"].ids_NK.numpy(), one["top_k 128"].given_NK.numpy()) for one in workload]
+
+    def encode() -> list[tuple[bytes, bytes]]:
+        return [
+            (zstd.compress(i.astype("<i4").tobytes()), zstd.compress(v.astype("<f2").tobytes()))
+            for ids, values in given
+            for i, v in zip(np.split(ids, BATCH), np.split(values, BATCH), strict=True)
+        ]
+
+    stored = encode()
+
+    def decode() -> None:
+        for ids, values in stored:
+            np.frombuffer(unzstd.decompress(ids), "<i4"), np.frombuffer(unzstd.decompress(values), "<f2")
+
+    rows = sum(len(ids) for ids, _ in given)
+    size = sum(len(ids) + len(values) for ids, values in stored)
+    return {
+        "selection": "int32 + fp16, zstd", "entries a position": float(K), "bytes an entry": size / rows / K,
+        "bytes a position": size / rows, "mean KL": None, "max KL": None,
+        "encode/s": speed(encode, rows), "decode/s": speed(decode, rows),
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--experiment", type=Path)
+    parser.add_argument("--workdir", type=Path)
+    parser.add_argument("--teacher")
+    parser.add_argument("--corpus")
+    parser.add_argument("--batches", type=int, default=4, help=f"of {BATCH} sequences with {ROWS} positions each")
+    parser.add_argument("--output", type=Path, help="JSON file")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    if arguments.experiment:
+        if not (arguments.workdir and arguments.teacher and arguments.corpus):
+            parser.error("--experiment needs --workdir, --teacher and --corpus")
+        label = f"{arguments.experiment.stem}: {arguments.teacher} on {arguments.corpus}"
+        vocabulary, workload = trained(arguments, arguments.batches)
+    else:
+        label = "(a) synthetic"
+        vocabulary, workload = synthetic(arguments.batches)
+    rows = [plain(workload)]
+    for name in SELECTIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(name, vocabulary, workload, Path(folder)))
+    print(f"{label}; V = {vocabulary:,}, {arguments.batches * BATCH * ROWS:,} positions, one thread")
+    shown = [{k: f"{v:,.0f}" if k.endswith("/s") else v for k, v in row.items()} for row in rows]
+    print(tabulate(shown, headers="keys", tablefmt="github", floatfmt=".3g"))
+    if arguments.output:
+        commit = subprocess.run(
+            ["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False
+        ).stdout.strip()
+        record = {
+            "workload": label, "vocabulary": vocabulary, "rows": rows, "commit": commit, "versions": versions(),
+            "python": platform.python_version(), "processor": processor(), "cores": os.cpu_count(),
+        }  # fmt: skip
+        arguments.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def processor() -> str:
+    """The processor's name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line]
+        if info.exists()
+        else []
+    )
+    return names[0] if names else platform.processor()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

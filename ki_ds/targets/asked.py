@@ -1,0 +1,77 @@
+"""What a teacher was asked: the inputs and true tokens at the stream positions of a targets folder."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.corpus.masking import View, Viewer
+from ki_ds.corpus.stream import CorpusStream
+from ki_ds.corpus.tokenizer import TextTokenizer
+from ki_ds.corpus.tokens import Tokens, open_tokens
+from ki_ds.errors import UserError
+from ki_ds.targets.source import Place
+
+Spans = np.ndarray  # int64 [P], where the rows of each position end
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A corpus as its teacher saw it."""
+
+    tokens: Tokens
+    stream: CorpusStream
+    viewer: Viewer
+    tokenizer: TextTokenizer
+
+    def view(self, positions: np.ndarray) -> View:
+        """Inputs, target indices and labels at stream positions."""
+        sequences, views = self.stream.pairs(positions)
+        return self.viewer(self.tokens.train[sequences], sequences, views)
+
+    def rows(self, view: View) -> tuple[np.ndarray, np.ndarray, Spans]:
+        """(index in its sequence [n], true token [n], ends [P]) of a view's rows."""
+        index = np.nonzero(view.targets_BS)[1]
+        return index, view.labels_BS[view.targets_BS], np.cumsum(view.targets_BS.sum(axis=1))
+
+
+def work_directory(folder: Place, given: Path | None) -> Path:
+    """The work directory that a targets folder lies in, or the one that is named.
+
+    Raises:
+        UserError: there is none.
+    """
+    root = given or (folder.resolve().parent.parent if isinstance(folder, Path) else None)
+    if root is None or not (root / "corpora").is_dir():
+        raise UserError(f"{root or folder}: not a work directory (it has no corpora/). Name it: --workdir WORK")
+    return root
+
+
+def asked(header: dict[str, Any], root: Path) -> Asked:
+    """What the teacher of a folder was asked, from the header of its shards and the corpus in a work directory.
+
+    Raises:
+        UserError: the corpus or the tokenizer is not there, or another one.
+    """
+    try:
+        name, expected = header["corpus"]["name"], header["corpus"]["digest"]
+        objective, seed, views = header["objective"], header["stream"]["seed"], header["stream"]["views"]
+        probability = (header["masking"] or {"probability": 0.15})["probability"]
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the header of the shards does not say from which corpus they are ({error})") from None
+    tokenizer = tokenizers.load(root / "tokenizer", objective, "tokenizer")
+    tokens = open_tokens(root / "corpora" / name)
+    for what, found, wanted in (
+        (root / "corpora" / name, tokens.digest, expected), (root / "tokenizer", tokenizer.digest, header["tokenizer"])
+    ):  # fmt: skip
+        if found != wanted:
+            raise UserError(f"{what}: its digest is {found}, but the targets were made from {wanted}")
+    stream = CorpusStream(len(tokens.train), views, seed, tokens.digest)
+    special = (tokenizer.special, tokenizer.mask)
+    return Asked(
+        tokens, stream, Viewer(objective, seed, tokens.digest, tokenizer.size, *special, probability), tokenizer
+    )

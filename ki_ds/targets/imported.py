@@ -1,0 +1,69 @@
+"""A targets folder made of predictions that were computed elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ki_ds.errors import UserError
+from ki_ds.experiment import Experiment
+from ki_ds.progress import Progress
+from ki_ds.sealed import Identity, file_digest, prepare, seal
+from ki_ds.targets import codec
+from ki_ds.targets.asked import Asked
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.exchange import Answers, blocks
+from ki_ds.targets.selection import Selection
+from ki_ds.targets.shard import Block, check_bound, shard_name, write_shard
+
+
+def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experiment, corpus: str, name: str) -> int:
+    """Import a Parquet file of answers into a sealed folder; the number of positions.
+
+    Raises:
+        UserError: the answers do not fit the corpus, or the folder holds something else.
+    """
+    answers = Answers(path)
+    longest = answers.longest()
+    size = asked.tokenizer.size
+    if not 0 < longest <= min(1024, size):
+        raise UserError(f"{path}: rows of up to {longest} ids; expected 1 to {min(1024, size)}")
+    selection = Selection("top_k", longest)
+    scalars = ("first", *(("truth",) if answers.truth else ()), "tail@1")
+    how = Codec(size, longest, codec.quantum(experiment.target_distortion.mean), scalars=scalars)
+    digests = {"answers": file_digest(path), f"corpora/{corpus}": asked.tokens.digest}
+    header = {
+        "teacher": {"name": name, "digest": digests["answers"]},
+        "corpus": {"name": corpus, "digest": asked.tokens.digest},
+        "tokenizer": asked.tokenizer.digest,
+        "objective": experiment.objective,
+        "masking": experiment.masking.model_dump(mode="json") if experiment.objective == "mlm" else None,
+        "stream": {"seed": experiment.seed, "views": experiment.views, "sequences": len(asked.tokens.train)},
+        "sequence_length": experiment.sequence_length,
+        "selection": selection.record,
+        "codec": how.header,
+    }  # fmt: skip
+    per_shard = experiment.positions_per_shard
+    identity = Identity("teach", {**header, "positions_per_shard": per_shard}, digests)
+    found = prepare(folder, identity)
+    if found is not None:
+        return int(found.facts["positions"])
+    done, waiting = 0, list[Block]()
+
+    def flush() -> None:
+        nonlocal done, waiting
+        check_bound(waiting, experiment.target_distortion, how, f"{path}: positions from {done} on")
+        write_shard(folder / shard_name(done, done + len(waiting)), how, header, done, waiting)
+        done, waiting = done + len(waiting), []
+
+    with Progress(f"import {path.name}", None, "positions") as progress:
+        for block in blocks(answers, asked, how, every):
+            waiting.append(block)
+            progress.advance(1)
+            if len(waiting) == per_shard:
+                flush()
+        if waiting:
+            flush()
+    if not done:
+        raise UserError(f"{path}: has no rows")
+    seal(folder, identity, {"positions": done, "positions_per_shard": per_shard, "header": header})
+    return done

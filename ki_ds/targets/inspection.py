@@ -1,0 +1,120 @@
+"""What a targets folder holds, in figures and in a few rows to look at; and how fast it is read."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ki_ds.targets import codec
+from ki_ds.targets.asked import Asked
+from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.folder import ShardFolder
+
+SAMPLE = 256  # positions that statistics are taken from
+PARTS = (
+    "counts and scalars, high bytes", "counts and scalars, low bytes", "ids, lowest bytes", "ids, second bytes",
+    "ids, third bytes", "values",
+)  # fmt: skip
+
+
+def probabilities(how: Codec, planes: Planes) -> np.ndarray:
+    """float64 [n, K] of the kept ids at temperature 1 (or the draws' own), renormalised; 0 where none holds."""
+    values = planes.values_nK.astype(np.float64)
+    weights = values if how.values == "count" else np.exp(-how.quantum * values)
+    weights = np.where(planes.kept(), weights, 0)
+    return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
+
+
+def statistics(shards: ShardFolder) -> dict[str, Any]:
+    """Means over the rows of evenly spaced positions, and the bytes that each part of a frame takes on disk."""
+    positions = np.unique(np.linspace(0, shards.positions - 1, min(SAMPLE, shards.positions)).astype(np.int64))
+    how, zstd = shards.codec, codec.compressor()
+    read = shards.read(positions)
+    planes, rows = read.planes, len(read.planes)
+    ends = np.cumsum(read.rows)
+    size = dict.fromkeys(PARTS, 0)
+    names = [*PARTS[:4], *(PARTS[4:5] if planes.high_nK is not None else ()), PARTS[5]]
+    total = 0
+    for parts in how.encode(planes, ends):
+        stream = zstd.compressobj(size=sum(map(len, parts)))
+        for name, part in zip(names, parts, strict=True):
+            size[name] += len(stream.compress(part)) + len(stream.flush(codec.BLOCK))
+        total += len(codec.compress(zstd, parts)) + 40  # its entry in the index
+    entries = int(planes.count_n.sum(dtype=np.int64))
+    p = probabilities(how, planes)
+    some = planes.count_n > 0
+    found: dict[str, Any] = {
+        "positions": shards.positions, "shards": len(shards), "sampled_positions": len(positions), "rows": rows,
+        "entries_per_row": entries / max(rows, 1), "bytes_per_row": total / max(rows, 1),
+        "bytes_per_entry": total / max(entries, 1),
+        "bytes_per_entry_of": {name: size[name] / max(entries, 1) for name in names},
+        "entropy": _mean(-np.sum(np.where(p > 0, p * np.log(np.where(p > 0, p, 1)), 0), axis=1)[some]),
+    }  # fmt: skip
+    for name in how.scalars:
+        nats = how.scalar(planes, name).astype(np.float64)
+        if name == "tail@1":
+            found["mass_kept"] = _mean(1 - np.exp(nats + how.scalar(planes, "first"))[some])
+        elif name == "truth":
+            found["teacher_loss"] = -_mean(nats)
+            found["teacher_perplexity"] = float(np.exp(min(-_mean(nats), 700)))
+        elif name == "first":
+            found["largest_probability"] = _mean(np.exp(nats))
+    return found
+
+
+def _mean(values: np.ndarray) -> float:
+    return float(values.mean()) if len(values) else 0.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """One decoded row."""
+
+    position: int
+    index: int | None  # in its sequence
+    token: int | None  # the true one
+    truth: float | None  # its log-probability
+    ids: list[int]  # in order of falling probability
+    p: list[float]  # at temperature 1; of draws, their share
+
+
+def rows(shards: ShardFolder, position: int, count: int, asked: Asked | None, most: int = 8) -> list[Row]:
+    """The first rows of a position, each with its most probable ids."""
+    how, planes = shards.codec, shards.read(np.array([position])).planes
+    p = probabilities(how, planes) if how.values == "count" else np.exp(how.log_probabilities(planes))
+    ids = planes.ids()
+    index, tokens = (None, None) if asked is None else asked.rows(asked.view(np.array([position])))[:2]
+    truth = how.scalar(planes, "truth") if "truth" in how.scalars else None
+    found = []
+    for row in range(min(count, len(planes))):
+        order = np.argsort(-p[row], kind="stable")[: min(most, int(planes.count_n[row]))]
+        found.append(
+            Row(
+                position,
+                None if index is None else int(index[row]),
+                None if tokens is None else int(tokens[row]),
+                None if truth is None else float(truth[row]),
+                ids[row][order].tolist(),
+                p[row][order].tolist(),
+            )
+        )
+    return found
+
+
+def bench(shards: ShardFolder, seconds: float = 5.0, batch: int = 16) -> dict[str, float]:
+    """Reads as a training run does, from the first position on, on one thread: positions of the corpus's tokens (rows)
+    a second, decoded to packed planes, and the megabytes of planes that this makes."""
+    shards.read(np.arange(min(batch, shards.positions)))  # opens the first shard
+    done = rows = size = 0
+    began = time.perf_counter()
+    while (spent := time.perf_counter() - began) < seconds:
+        start = done % max(shards.positions - batch + 1, 1)
+        planes = shards.read(np.arange(start, min(start + batch, shards.positions))).planes
+        rows, done = rows + len(planes), done + batch
+        size += (
+            planes.ids_nK.nbytes + planes.values_nK.nbytes + (0 if planes.high_nK is None else planes.high_nK.nbytes)
+        )
+    return {"rows": rows, "seconds": spent, "rows_per_second": rows / spent, "megabytes_per_second": size / spent / 1e6}
