@@ -210,6 +210,8 @@ def prepare(path: Path, identity: Identity) -> Manifest | None:
     for name in (MANIFEST, UNSEALED):
         if (path / name).exists():
             check_identity(path, identity)
+            if name == MANIFEST:
+                (path / UNSEALED).unlink(missing_ok=True)  # a crash just after sealing leaves it
             return open_sealed(path) if name == MANIFEST else None
     # a crash in the middle of the first write leaves a temporary file of it and nothing else
     if path.is_dir() and any(not fnmatch(file.name, f"{UNSEALED}.*.tmp") for file in path.iterdir()):

@@ -337,8 +337,6 @@ class Codec:
             raise ValueError(f"an id of {ids[:, -1].max()} in a vocabulary of {self.vocabulary}")
         if self.values == "log-probability":
             values = values.max(axis=1, keepdims=True, initial=0) - values
-        elif kept is None:
-            values = values.copy()
         if kept is not None:
             ids[~kept] = 0
             values[~kept] = 0

@@ -265,7 +265,7 @@ class Shard:
         try:
             if zstandard.frame_content_size(packed) != raw:  # it is allocated before anything is decompressed
                 raise self.bad(f"position {position}: the frame has another size than the index says")
-            data: bytes = zstd.decompress(packed)
+            data: bytes = zstd.decompress(packed, allow_extra_data=False)
         except zstandard.ZstdError as error:
             raise self.bad(f"position {position}: cannot be decompressed ({error})") from None
         if len(data) != raw or xxhash.xxh3_64_intdigest(data) != checksum:
