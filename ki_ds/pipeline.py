@@ -15,6 +15,7 @@ from typing import Any
 from ki_ds import engine
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import FileSource, files
+from ki_ds.costs import cost, targets_per_sequence
 from ki_ds.distributed import free_port
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.graph import Kind, Stage, stages, targets_needed
@@ -143,22 +144,22 @@ def plan(space: Workspace) -> list[dict[str, Any]]:
             needed = targets_needed(e, stage.name)
             if stage_state(space, Stage("corpus", needed.corpus)) == "sealed":
                 needed = space.needed(stage)
-            rows_stored = needed.positions * space.targets_per_sequence()
+            rows_stored = needed.positions * targets_per_sequence(e)
             per_entry = 4 if tokenizer.size > 1 << 16 else 3  # before zstd
             row |= {
                 "tokens": needed.positions * e.sequence_length,
-                "flops": needed.positions * space.cost(needed.teacher, tokenizer)["flops_per_sequence"],
+                "flops": needed.positions * cost(space, needed.teacher, tokenizer)["flops_per_sequence"],
                 "bytes": rows_stored * (10 + needed.selection.k * per_entry),
             }
         if stage.kind == "train":
             train = e.models[stage.name].train
             assert train is not None
-            cost = space.cost(stage.name, tokenizer)
+            found = cost(space, stage.name, tokenizer)
             row |= {
                 "steps": train.steps,
                 "tokens": train.steps * train.batch_size * e.sequence_length,
-                "flops": train.steps * cost["flops_per_step"],
-                "parameters": cost["parameters"],
+                "flops": train.steps * found["flops_per_step"],
+                "parameters": found["parameters"],
             }
         rows.append(row)
     return rows

@@ -14,6 +14,7 @@ from ki_ds import distributed, teach, train
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
+from ki_ds.costs import training_facts
 from ki_ds.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.graph import Stage, stages
@@ -152,7 +153,7 @@ def training(stage: Stage, space: Workspace) -> None:
         space.tokenizer.hugging_face.save_pretrained(folder / "model")
         weights = {file.name: file_digest(file) for file in sorted((folder / "model").glob("*.safetensors"))}
         skipped = sum(not line["applied"] for line in read_metrics(folder / "metrics.jsonl"))
-        facts = {"content": digest(weights), "skipped_steps": skipped, **space.training_facts(name)}
+        facts = {"content": digest(weights), "skipped_steps": skipped, **training_facts(space, name)}
         seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
     distributed.barrier()
 

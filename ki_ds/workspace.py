@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import site
 import sys
 from dataclasses import replace
@@ -10,11 +9,10 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ki_ds import engine, models
+from ki_ds import engine, identities, models
 from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
-from ki_ds.corpus.sources import FileSource, files
 from ki_ds.corpus.stream import CorpusStream, Mix
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
@@ -22,18 +20,12 @@ from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment, Train
 from ki_ds.graph import Needed, Stage, needs, targets_needed, taught_by
 from ki_ds.inherit import teacher_steps
-from ki_ds.sealed import MANIFEST, UNSEALED, Identity, digest, file_digest, open_sealed, parse_manifest, read_manifest
+from ki_ds.sealed import Identity, open_sealed
 from ki_ds.strict import read_json
-from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec
-from ki_ds.targets.folder import ShardFolder, open_folder, read_facts
-from ki_ds.targets.selection import scalar_names, tail_name
+from ki_ds.targets.folder import ShardFolder, open_folder
+from ki_ds.targets.selection import tail_name
 from ki_ds.targets.source import Place, place
-
-SAMPLE_BYTES = 1 << 16
-# what of "train" does not change the result, only when it is looked at or how it is cut for memory
-NOT_SHAPING = {"micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
-
 
 # where ds_configs stands: in a checkout, in an installed package
 SHIPPED = (Path(__file__).parent.parent, *(Path(p) / "share" / "ki_ds" for p in (sys.prefix, site.getuserbase())))
@@ -142,6 +134,14 @@ class Workspace:
         found = next((base / given for base in self.bases if "://" not in given and (base / given).exists()), None)
         return found or place(given)
 
+    def identity(self, stage: Stage) -> Identity:
+        """What the stage's folder is made of.
+
+        Raises:
+            UserError: an input is not sealed yet.
+        """
+        return identities.identity(self, stage)
+
     def model_folder(self, name: str) -> str:
         """The Hugging Face folder (or hub name) of a finished model of the experiment."""
         model = self.experiment.models[name]
@@ -155,7 +155,7 @@ class Workspace:
         model = self.experiment.models[name]
         if model.train is not None:
             return open_sealed(self.folder(Stage("train", name))).digest
-        return pretrained_digest(self.model_folder(name))
+        return identities.pretrained_digest(self.model_folder(name))
 
     def new_student(self, name: str) -> Any:
         """The Hugging Face model that training begins with."""
@@ -270,108 +270,6 @@ class Workspace:
             reading = Reading(k, tail_name(inherit.temperature) if inherit.targets.tail else None)
         return Loader(self.lanes(name), Mix(list(model.train.on.values())), plan, reading)
 
-    # -------------------------------------------------------------------------------------------- identities
-
-    def identity(self, stage: Stage) -> Identity:
-        """What the stage's folder is made of.
-
-        Raises:
-            UserError: an input is not sealed yet.
-        """
-        e = self.experiment
-        config: dict[str, Any]
-        if stage.kind == "tokenizer":
-            train = e.tokenizer.train
-            sources = {name: self._sources(name, stage) for name in train.on} if train else {}
-            config = {"objective": e.objective, "tokenizer": e.tokenizer.model_dump(mode="json"), "sources": sources}
-            return Identity("tokenizer", config, {})
-        if stage.kind == "corpus":
-            sources = {stage.name: self._sources(stage.name, stage)}
-            config = {
-                "objective": e.objective,
-                "sequence_length": e.sequence_length,
-                "validation": e.corpora[stage.name].validation,
-                "sources": sources,
-            }
-            return Identity("corpus", config, {"tokenizer": self.tokenizer.digest})
-        viewing: dict[str, Any] = {"objective": e.objective, "seed": e.seed, "sequence_length": e.sequence_length}
-        if e.objective == "mlm":
-            viewing["masking"] = e.masking.model_dump(mode="json")
-        if stage.kind == "teach":
-            return self._targets_identity(stage, viewing)
-        if stage.kind == "train":
-            return self._training_identity(stage.name, viewing)
-        inputs = {f"corpora/{name}": self.tokens(name).digest for name in e.corpora}
-        return Identity("evaluate", viewing, {f"models/{stage.name}": self.model_digest(stage.name), **inputs})
-
-    def _targets_identity(self, stage: Stage, viewing: dict[str, Any]) -> Identity:
-        """Of a teach stage; where the folder holds more than is asked (a larger k, finer quanta), as it is."""
-        needed = targets_needed(self.experiment, stage.name)
-        inputs = {
-            f"models/{needed.teacher}": self.model_digest(needed.teacher),
-            f"corpora/{needed.corpus}": self.tokens(needed.corpus).digest,
-        }
-        selection = needed.selection
-        quantum = 0.0 if selection.kind == "sampled" else codec.quantum(self.experiment.target_distortion.mean)
-        scalars = [*scalar_names(selection, needed.temperatures)]
-        config = {**viewing, "selection": selection.record, "scalars": scalars, "quantum": quantum}
-        for name in (MANIFEST, UNSEALED):
-            path = self.folder(stage) / name
-            if path.exists():
-                found = parse_manifest(path.read_bytes(), str(path))["config"]
-                there = found.get("selection", {})
-                serves = {**there, "k": 0} == {**selection.record, "k": 0} and there["k"] >= selection.k
-                tails = {tail_name(temperature) for temperature in needed.tails}
-                if serves and tails <= {*found["scalars"]} and found["quantum"] <= quantum:
-                    config |= {key: found[key] for key in ("selection", "scalars", "quantum")}
-                break
-        return Identity("teach", config, inputs)
-
-    def _sources(self, name: str, stage: Stage) -> dict[str, Any]:
-        """What a corpus is read from, with the names and sizes of its files; those recorded where they are gone."""
-        corpus = self.experiment.corpora[name]
-        found: list[Any] = []
-        for index, source in enumerate(corpus.sources):
-            if isinstance(source, FileSource):
-                try:
-                    place = f"corpora.{name}.sources.{index}"
-                    listed = files(source, self.bases, place)
-                    found += [[Path(path).name, size, sample_digest(Path(path))] for path, size in listed]
-                except UserError:
-                    if not (self.folder(stage) / MANIFEST).exists():
-                        raise
-                    found = read_manifest(self.folder(stage))["config"]["sources"][name]["files"]
-                    break
-        settings = corpus.model_dump(mode="json", exclude={"validation"})
-        return {**settings, "files": found}
-
-    def _training_identity(self, name: str, viewing: dict[str, Any]) -> Identity:
-        model = self.experiment.models[name]
-        assert model.train is not None
-        config = {
-            **viewing,
-            "model_seed": self.experiment.model_seed(name),
-            "model": model.model_dump(mode="json", exclude={"train": NOT_SHAPING, "seed": True}),
-            "precision": engine.precision(self.engine_config),
-        }
-        inputs = {f"corpora/{corpus}": self.tokens(corpus).digest for corpus in model.train.on}
-        if model.start_from:
-            inputs[f"models/{model.start_from}"] = self.model_digest(model.start_from)
-        if model.pretrained:
-            inputs["pretrained"] = pretrained_digest(self.model_or_name(model.pretrained))
-        for corpus, taught in taught_by(self.experiment, model).items():
-            if taught is None:
-                assert model.inherit is not None
-                stored = self.stored(model.inherit.teachers[corpus], corpus)
-                inputs[f"stored/{corpus}"] = str(read_facts(stored)[1]["fingerprint"])
-                continue
-            stage = Stage("teach", taught)
-            # not opened: a shard that is missing is found, and computed, when the stage itself runs
-            inputs[stage.folder] = str(read_manifest(self.folder(stage))["fingerprint"])
-        return Identity("train", config, inputs)
-
-    # ------------------------------------------------------------------------------------------------- costs
-
     def model_config(self, name: str, tokenizer: TextTokenizer) -> Any:
         """The Hugging Face configuration of a model, before it exists."""
         model = self.experiment.models[name]
@@ -382,50 +280,6 @@ class Workspace:
         if model.start_from is not None:
             return self.model_config(model.start_from, tokenizer)
         return models.pretrained_configuration(self.model_or_name(str(model.pretrained)), f"models.{name}.pretrained")
-
-    def targets_per_sequence(self) -> float:
-        """Target positions of a sequence, on average."""
-        e = self.experiment
-        return e.sequence_length - 1 if e.objective == "clm" else (e.sequence_length - 2) * e.masking.probability
-
-    def cost(self, name: str, tokenizer: TextTokenizer) -> dict[str, Any]:
-        """Parameters and FLOPs of a model: of a forward pass over a sequence, and of a training step."""
-        e = self.experiment
-        config = self.model_config(name, tokenizer)
-        forward = models.forward_flops(config, e.objective, e.sequence_length, self.targets_per_sequence())
-        train = e.models[name].train
-        return {
-            "parameters": models.count_parameters(config, e.objective),
-            "flops_per_sequence": forward,
-            "flops_per_step": 3 * forward * train.batch_size if train else 0.0,
-        }
-
-    def training_facts(self, name: str) -> dict[str, Any]:
-        """What the report needs to know of a training run."""
-        model = self.experiment.models[name]
-        train = model.train
-        assert train is not None
-        teachers = {
-            corpus: {
-                "model": teacher,
-                # made elsewhere: nobody here paid for them
-                "flops_per_sequence": 0.0
-                if self.experiment.models[teacher].targets
-                else self.cost(teacher, self.tokenizer)["flops_per_sequence"],
-                "share": train.on[corpus] / sum(train.on.values()),
-            }
-            for corpus, teacher in (model.inherit.teachers if model.inherit else {}).items()
-        }
-        cost = self.cost(name, self.tokenizer)
-        return {
-            "parameters": cost["parameters"],
-            "flops_per_step": cost["flops_per_step"],
-            "steps": train.steps,
-            "batch_size": train.batch_size,
-            "sequence_length": self.experiment.sequence_length,
-            "teacher_steps": teacher_steps(model.inherit, train.steps),
-            "teachers": teachers,
-        }
 
     def plan(self, train: Train, name: str, rank: int, world_size: int) -> Plan:
         """How a training run is cut among ranks."""
@@ -455,23 +309,3 @@ class Workspace:
             return [tokenizer, *read, *(one for other in needs(e, stage.name) for one in finished(other))]
         everything = [Stage("corpus", name) for name in e.corpora]
         return [tokenizer, *everything, *(finished(stage.name) if stage.kind == "evaluate" else [])]
-
-
-@cache
-def pretrained_digest(source: str) -> str:
-    """Of a model folder: its weights and configuration; of a name on the hub: the name."""
-    folder = Path(source)
-    if not folder.is_dir():
-        return digest({"hub": source})
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return digest({file.name: file_digest(file) for file in files if file.exists()})
-
-
-def sample_digest(path: Path) -> str:
-    """Of a local file's first and last 64 KiB, which most changes touch; empty for other file systems."""
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        first = file.read(SAMPLE_BYTES)
-        file.seek(max(path.stat().st_size - SAMPLE_BYTES, 0))
-        return hashlib.sha256(first + file.read(SAMPLE_BYTES)).hexdigest()[:16]
