@@ -10,8 +10,12 @@ import sys
 import pytest
 from launching import ki_ds, write
 
+from ki_ds.batches import Plan
 from ki_ds.cli import main
 from ki_ds.distributed import free_port
+from ki_ds.errors import UserError
+from ki_ds.graph import load_experiment
+from ki_ds.workspace import Workspace
 
 TRAIN = {"on": {"a": 1.0}, "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "dropout": 0.0}
 TEXT = "\n\n".join(
@@ -256,13 +260,13 @@ def test_k_larger_than_the_vocabulary(refused, given_model):
     assert "models.s.inherit.targets.k: found 301; expected at most the vocabulary size, 300" in refused(given)
 
 
-def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path):
+def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, capsys):
     """A given (padded) teacher teaches; then each kind of damage stops the student with a name and a remedy."""
     (tmp_path / "a.txt").write_text(TEXT)
     given = experiment(tokenizer={"pretrained": str(given_model / "padded")})
     given["models"]["t"] = {"pretrained": str(given_model / "padded"), "padded_vocabulary": True}
     file, work = write(tmp_path / "e.json", given), tmp_path / "work"
-    ki_ds("corpus", file, "--workdir", work)
+    main_ok(["corpus", str(file), "--workdir", str(work)])
     ki_ds("teach", file, "--workdir", work)
     folder = work / "targets" / "t@a"
     shard = sorted(folder.glob("*.kit"))[0]
@@ -271,28 +275,38 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path):
     def student(code):
         return ki_ds("worker", "train", file, "--workdir", work, code=code)
 
-    shard.write_bytes(good[:500] + bytes([good[500] ^ 8]) + good[501:])
+    middle = len(good) // 2
+    shard.write_bytes(good[:middle] + bytes([good[middle] ^ 8]) + good[middle + 1 :])
     said = ki_ds("train", file, "--workdir", work, "--processes", 2, code=2)
     assert shard.name in said
-    assert "Remove the file and run `ki-ds teach`" in said
+    assert "Run `ki-ds targets repair` on its folder and then `ki-ds teach`" in said
     assert "Traceback" not in said  # nor from the other rank, which loses its peer
     shard.write_bytes(good[:-10])
     assert "bytes, but the manifest says" in student(2)
     shard.unlink()
     assert "is missing" in student(2)
-    status = ki_ds("status", file, "--workdir", work)
-    assert "begun                          teach t@a" in status
-    assert "is not finished" in ki_ds("train", file, "--workdir", work, code=2)
+    capsys.readouterr()
+    main_ok(["status", str(file), "--workdir", str(work)])
+    assert "begun                          teach t@a" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as ended:
+        main(["train", str(file), "--workdir", str(work)])
+    assert ended.value.code == 2 and "is not finished" in capsys.readouterr().err
     ki_ds("worker", "teach", file, "--workdir", work)  # just that shard is computed anew
     assert shard.read_bytes() == good
-    # targets of another seed, put in this one's place: the manifest is made to agree, the digests do not
-    ki_ds("corpus", file, "--workdir", tmp_path / "other", "--set", "seed=2")
+    # targets of another seed, put in this one's place: first their headers differ from what the manifest says, then
+    # the manifest is made to agree in everything, and the digests do not
+    main_ok(["corpus", str(file), "--workdir", str(tmp_path / "other"), "--set", "seed=2"])
     ki_ds("worker", "teach", file, "--workdir", tmp_path / "other", "--set", "seed=2")
     for one in (tmp_path / "other" / "targets" / "t@a").glob("*.kit"):
         shutil.copy(one, folder / one.name)
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {path.name: path.stat().st_size for path in folder.glob("*.kit")}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+    loader = Workspace(load_experiment(file), file, work).loader("s", Plan(4, 4, 0, 1))
+    with pytest.raises(UserError, match="its header gives stream"):
+        loader.load(0, 1.0)
+    foreign = json.loads((tmp_path / "other" / "targets" / "t@a" / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps({**manifest, "facts": foreign["facts"]}))
     said = student(2)
     assert "the teacher saw another input than the student is about to see" in said
     assert not (work / "models" / "s" / "manifest.json").exists()

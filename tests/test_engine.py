@@ -128,6 +128,7 @@ def test_bf16_trains_at_stage_one():
 
 class Loader:
     plan = Plan(4, 2, 0, 1)
+    reading_s = waited_s = 0.0
 
     def __call__(self, number, alpha, next_alpha):
         return batch(number)

@@ -13,6 +13,7 @@ from ki_ds.errors import UserError, nearest
 from ki_ds.experiment import SOURCE_KINDS, Experiment, Inherit, JsonLinesSource
 from ki_ds.graph import load_experiment
 from ki_ds.strict import assignment, merge_patch, parse, read_json
+from ki_ds.targets.codec import quantum
 
 DESIGN = """
 {
@@ -371,6 +372,21 @@ def test_wrong_type_shows_what_was_found(failure, patch, message):
         ({"models": {"base": {"train": {"on": {"wb": 0}}}}}, "models.base.train.on.wb", "greater than 0"),
         (student(inherit={"temperature": 0}), "models.base-to-large.inherit.temperature", "greater than 0"),
         (student(inherit={"targets": {"k": 1025}}), "models.base-to-large.inherit.targets.k", "equal to 1024"),
+        (student(inherit={"targets": {"select": "top_p", "p": 0}}), "models.base-to-large.inherit.targets.p", "than 0"),
+        (
+            student(inherit={"targets": {"select": "top_p", "p": 1.01}}),
+            "models.base-to-large.inherit.targets.p",
+            "equal to 1",
+        ),
+        (
+            student(inherit={"targets": {"select": "sampled", "k": None, "draws": 256}}),
+            "models.base-to-large.inherit.targets.draws",
+            "equal to 255",
+        ),
+        ({"target_distortion": {"mean": 0}}, "target_distortion.mean", "equal to 0.00000005"),
+        ({"target_distortion": {"mean": 0.05}}, "target_distortion.mean", "equal to 0.04"),
+        ({"target_distortion": {"max": 0}}, "target_distortion.max", "greater than 0"),
+        ({"models": {"base": {"architecture": None, "train": None, "targets": {}}}}, "models.base.targets", "least 1"),
         ({"positions_per_shard": 0}, "positions_per_shard", "greater than 0"),
     ],
 )
@@ -395,7 +411,7 @@ def test_an_infinite_number_is_refused_wherever_it_comes_from(load):
         (student(inherit={"schedule": "linaer"}), "models.base-to-large.inherit.schedule",
          "linear, heaviside, constant", "linear"),
         (student(inherit={"targets": {"select": "topk"}}), "models.base-to-large.inherit.targets.select",
-         "top_k", "top_k"),
+         "top_k, top_k_tail, top_p, sampled", "top_k"),
     ],
 )  # fmt: skip
 def test_bad_literal_lists_the_allowed_and_the_nearest(failure, patch, place, allowed, meant):
@@ -457,12 +473,19 @@ def test_a_source_of_no_kind_or_of_two_lists_the_kinds(failure, keys):
         ({"tokenizer": {"pretrained": "gpt2"}}, "tokenizer", ['exactly one of "train" and "pretrained"']),
         ({"tokenizer": {"train": None}}, "tokenizer", ['exactly one of "train" and "pretrained"']),
         ({"models": {"base": {"start_from": "large"}}}, "models.base",
-         ['exactly one of "architecture", "start_from" and "pretrained"']),
+         ['exactly one of "architecture", "start_from", "pretrained" and "targets"']),
         ({"models": {"base": {"pretrained": "gpt2"}}}, "models.base",
-         ['exactly one of "architecture", "start_from" and "pretrained"']),
+         ['exactly one of "architecture", "start_from", "pretrained" and "targets"']),
         ({"models": {"base": {"architecture": None}}}, "models.base",
-         ['exactly one of "architecture", "start_from" and "pretrained"']),
-        ({"models": {"base": {"train": None}}}, "models.base", ['only a "pretrained" model can go without "train"']),
+         ['exactly one of "architecture", "start_from", "pretrained" and "targets"']),
+        ({"models": {"base": {"targets": {"wb": "t"}}}}, "models.base",
+         ['exactly one of "architecture", "start_from", "pretrained" and "targets"']),
+        ({"models": {"base": {"train": None}}}, "models.base",
+         ['only a model with "pretrained" or "targets" can go without "train"']),
+        ({"models": {"base": {"architecture": None, "targets": {"wb": "t"}}}}, "models.base",
+         ['"targets" are predictions of a model made elsewhere; it cannot be trained here']),
+        (student(architecture=None, targets={"wb": "t"}, train=None), "models.base-to-large",
+         ['"inherit" needs "train"']),
         (student(architecture=None, pretrained="x", train=None), "models.base-to-large", ['"inherit" needs "train"']),
         (student(inherit={"alpha_T": 3}), "models.base-to-large.inherit",
          ['exactly one of "alpha_T" and "teacher_steps"']),
@@ -476,6 +499,61 @@ def test_a_source_of_no_kind_or_of_two_lists_the_kinds(failure, keys):
 def test_contradiction_is_named(failure, patch, place, words):
     (line,) = failure(patch)
     assert line.startswith(f"{place}: ") and all(word in line for word in words)
+
+
+@pytest.mark.parametrize(
+    ("select", "key", "value", "own"),
+    [
+        ("top_k", "p", 0.9, "k"),
+        ("top_k", "draws", 50, "k"),
+        ("top_k_tail", "p", 0.9, "k"),
+        ("top_k_tail", "draws", 50, "k"),
+        ("top_p", "draws", 50, "k, p"),
+        ("sampled", "k", 100, "draws"),
+        ("sampled", "p", 0.9, "draws"),
+    ],
+)
+def test_key_of_another_selection_is_refused_even_with_its_default(failure, select, key, value, own):
+    """The file's reader would believe that it does something."""
+    needed = {"p": 0.5} if select == "top_p" else {}
+    (line,) = failure(student(inherit={"targets": {"k": None, **needed, "select": select, key: value}}))
+    said = f'models.base-to-large.inherit.targets: "{key}" does not belong to "select": "{select}", which takes {own}'
+    assert line.startswith(f"{said}; found {{")
+
+
+def test_top_p_needs_p(failure):
+    for more in ({}, {"k": None}):
+        (line,) = failure(student(inherit={"targets": {"select": "top_p", **more}}))
+        assert line.startswith('models.base-to-large.inherit.targets: "top_p" needs "p", the mass to be reached; found')
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "k", "tail"),
+    [
+        ({}, "top_k", 100, False),
+        ({"k": 7}, "top_k", 7, False),
+        ({"select": "top_k_tail", "k": 7}, "top_k", 7, True),
+        ({"select": "top_p", "p": 0.9}, "top_p", 100, False),
+        ({"select": "top_p", "p": 1, "k": 7}, "top_p", 7, False),
+        ({"select": "sampled"}, "sampled", 50, False),
+        ({"select": "sampled", "draws": 255}, "sampled", 255, False),
+    ],
+)
+def test_what_a_folder_holds_for_the_settings(load, given, kind, k, tail):
+    whole = {"k": None, "select": None, **given}
+    inherit = load(student(inherit={"targets": whole, "temperature": 3.0})).models["base-to-large"].inherit
+    found = inherit.targets.selection(inherit.temperature)
+    assert (found.kind, found.k, inherit.targets.tail) == (kind, k, tail)
+    assert found.p == given.get("p", 1.0)
+    assert found.temperature == (3.0 if kind == "sampled" else 1.0)  # only draws depend on it
+
+
+def test_smallest_allowed_distortion_has_a_quantum(load, failure):
+    """Below it no quantum is left, which must not come up while a teacher runs."""
+    assert quantum(load({"target_distortion": {"mean": 5e-8}}).target_distortion.mean) == 1 / 1024
+    with pytest.raises(ValueError, match="below what the smallest quantum"):
+        quantum(4.9e-8)
+    assert failure({"target_distortion": {"mean": 4.9e-8}})[0].startswith("target_distortion.mean: ")
 
 
 def test_constant_schedule_may_end_early_or_never(load):

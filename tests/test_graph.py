@@ -10,19 +10,22 @@ from hypothesis import strategies as st
 
 from ki_ds.corpus.stream import Mix
 from ki_ds.experiment import Experiment, Inherit
-from ki_ds.graph import Stage, check, needs, order, stages, targets_name, targets_needed
+from ki_ds.graph import Stage, check, needs, order, stages, targets_name, targets_needed, taught_by
 from ki_ds.inherit import CONSTANT_ALPHA, alpha, teacher_steps
 from ki_ds.strict import parse
+from ki_ds.targets.selection import Selection
 
 calm = settings(deadline=None)
 
 
-def model(start_from=None, teachers=None, on=None, steps=100, batch_size=8, k=10, length=None, **more):
+def model(start_from=None, teachers=None, on=None, steps=100, batch_size=8, k=10, length=None, targets=None,
+          temperature=None, **more):  # fmt: skip
     """A model of the experiment; `teachers` maps corpora to teachers."""
     train = {"on": on or {"wb": 1.0}, "steps": steps, "batch_size": batch_size, "learning_rate": 1e-3}
     made = {"start_from": start_from} if start_from else {"architecture": "gpt-tiny"}
     if teachers:
-        made["inherit"] = {"from": teachers, "targets": {"k": k}, **(length or {"alpha_T": 1.0})}
+        made["inherit"] = {"from": teachers, "targets": targets or {"k": k}, **(length or {"alpha_T": 1.0})}
+        made["inherit"] |= {"temperature": temperature} if temperature else {}
     return {**made, "train": train, **more}
 
 
@@ -178,7 +181,7 @@ def test_every_stage_stands_behind_its_inputs_and_once(e):
         before(Stage("train", name), *(Stage("corpus", corpus) for corpus in made.train.on))
         before(Stage("train", name), *(Stage("train", other) for other in needs(e, name)))
         for corpus, teacher in (made.inherit.teachers if made.inherit else {}).items():
-            taught = Stage("teach", targets_name(teacher, corpus))
+            taught = Stage("teach", targets_name(teacher, corpus, made.inherit))
             before(taught, Stage("train", teacher), Stage("corpus", corpus))
             before(Stage("train", name), taught)
     assert {stage.name for stage in found if stage.kind == "corpus"} == set(e.corpora)
@@ -205,6 +208,113 @@ def test_two_students_share_the_targets_of_a_pair():
     assert sum(stage.kind == "teach" for stage in stages(e)) == 1
 
 
+def taught(**students):
+    """An experiment with one teacher; each student's targets settings and temperature."""
+    made = {
+        name: model(teachers={"wb": "t"}, targets=targets, temperature=temperature)
+        for name, (targets, temperature) in students.items()
+    }
+    return experiment({"t": model(), **made}, ["wb"])
+
+
+def teach_stages(e):
+    return [stage.name for stage in stages(e) if stage.kind == "teach"]
+
+
+def test_a_sweep_over_k_tail_and_temperature_shares_one_folder():
+    """What one run of the teacher serves must not be paid for four times."""
+    e = taught(
+        a=({"k": 10}, 1.0), b=({"k": 50}, 2.0), c=({"select": "top_k", "k": 20}, 4.0),
+        d=({"select": "top_k_tail", "k": 30}, 3.0),
+    )  # fmt: skip
+    assert teach_stages(e) == ["t@wb"]
+    needed = targets_needed(e, "t@wb")
+    assert needed.selection == Selection("top_k", 50)
+    assert needed.temperatures == (1.0, 2.0, 3.0, 4.0)
+    assert needed.tails == (3.0,)
+
+
+def test_top_p_has_a_folder_for_each_p_whatever_k_and_temperature():
+    e = taught(
+        a=({"select": "top_p", "p": 0.9, "k": 10}, 1.0), b=({"select": "top_p", "p": 0.9, "k": 40}, 2.0),
+        c=({"select": "top_p", "p": 0.95}, 2.0), d=({"k": 7}, 2.0),
+    )  # fmt: skip
+    assert teach_stages(e) == ["t@wb@top_p-0.9", "t@wb@top_p-0.95", "t@wb"]
+    assert targets_needed(e, "t@wb@top_p-0.9").selection == Selection("top_p", 40, p=0.9)
+    assert targets_needed(e, "t@wb@top_p-0.95").selection == Selection("top_p", 100, p=0.95)
+    assert targets_needed(e, "t@wb").selection == Selection("top_k", 7)
+
+
+def test_draws_have_a_folder_for_each_number_and_temperature():
+    """Draws from one distribution say nothing of another, and fewer of them are not a part of more."""
+    e = taught(
+        a=({"select": "sampled"}, 2.0), b=({"select": "sampled", "draws": 50}, 2.0),
+        c=({"select": "sampled", "draws": 60}, 2.0), d=({"select": "sampled"}, 1.5),
+    )  # fmt: skip
+    assert teach_stages(e) == ["t@wb@sampled-50-t2", "t@wb@sampled-60-t2", "t@wb@sampled-50-t1.5"]
+    assert targets_needed(e, "t@wb@sampled-60-t2").selection == Selection("sampled", 60, temperature=2.0)
+    assert targets_needed(e, "t@wb@sampled-50-t2").tails == ()
+
+
+def test_numbers_that_differ_little_do_not_share_a_folder():
+    e = taught(a=({"select": "top_p", "p": 0.9}, 2.0), b=({"select": "top_p", "p": 0.9000001}, 2.0),
+               c=({"select": "sampled"}, 2.0), d=({"select": "sampled"}, 2.0000001))  # fmt: skip
+    assert len(set(teach_stages(e))) == 4
+
+
+def test_more_draws_than_the_vocabulary_has_ids_are_no_mistake():
+    e = experiment(
+        {"t": model(), "s": model(teachers={"wb": "t"}, targets={"select": "sampled", "draws": 255})},
+        tokenizer={"train": {"vocabulary_size": 261, "on": ["wb"]}},
+    )
+    assert check(e) == []
+
+
+@pytest.mark.parametrize("select", [{"select": "top_k_tail"}, {"select": "top_p", "p": 0.5}])
+def test_k_beyond_the_vocabulary_is_refused_for_every_selection_that_takes_it(select):
+    (line,) = check(experiment({"t": model(), "s": model(teachers={"wb": "t"}, targets={**select, "k": 301})}))
+    assert line.startswith("models.s.inherit.targets.k: found 301; expected at most the vocabulary size, 300")
+
+
+# --------------------------------------------------------------------------------------------- stored teachers
+
+STORED = {"targets": {"wb": "elsewhere"}}
+
+
+def test_stored_teacher_is_neither_run_nor_evaluated():
+    e = experiment({"t": STORED, "s": model(teachers={"wb": "t"})}, ["wb"])
+    assert check(e) == []
+    assert [str(stage) for stage in stages(e)] == ["tokenizer", "corpus wb", "train s", "evaluate s", "report"]
+    assert taught_by(e, e.models["s"]) == {"wb": None}
+
+
+def test_stored_and_computed_teachers_side_by_side():
+    e = experiment({"t": STORED, "u": model(), "s": model(teachers={"wb": "t", "cs": "u"}, on={"wb": 1.0, "cs": 1.0})})
+    assert check(e) == []
+    assert taught_by(e, e.models["s"]) == {"wb": None, "cs": "u@cs"}
+    assert teach_stages(e) == ["u@cs"]
+
+
+@pytest.mark.parametrize(
+    ("models", "message"),
+    [
+        ({"t": {"targets": {"wbb": "x"}}, "s": model()},
+         'models.t.targets.wbb: there is no corpus "wbb"; the file has wb, cs; did you mean "wb"?'),
+        ({"t": STORED, "s": model(on={"cs": 1.0}, teachers={"cs": "t"})},
+         'models.s.inherit.from.cs: there is no corpus in its targets "cs"; the file has wb'),
+        ({"t": STORED, "s": model(start_from="t")},
+         'models.s.start_from: of "t" there are only predictions ("targets"), no weights'),
+    ],
+)  # fmt: skip
+def test_what_a_stored_teacher_cannot_give_is_refused(models, message):
+    assert check(experiment(models)) == [message]
+
+
+def test_stored_teacher_is_not_compared():
+    e = experiment({"t": STORED, "s": model(teachers={"wb": "t"})}, compare=[{"student": "s", "baseline": "t"}])
+    assert check(e) == ['compare.0.baseline: there is no trained model "t"; the file has s']
+
+
 # ---------------------------------------------------------------------------------------------- targets needed
 
 
@@ -217,9 +327,10 @@ def test_targets_reach_as_far_as_the_furthest_student_and_as_deep_as_the_deepest
             "other": model(teachers={"cs": "t"}, on={"cs": 1.0}, steps=100, batch_size=64, k=30),
         }
     )
-    assert targets_needed(e, "t", "wb") == (240, 20)
-    assert targets_needed(e, "t", "cs") == (6400, 30)
-    assert targets_needed(e, "far", "wb") == (0, 0)
+    wb, cs = targets_needed(e, "t@wb"), targets_needed(e, "t@cs")
+    assert (wb.teacher, wb.corpus, wb.positions, wb.selection) == ("t", "wb", 240, Selection("top_k", 20))
+    assert (cs.teacher, cs.corpus, cs.positions, cs.selection) == ("t", "cs", 6400, Selection("top_k", 30))
+    assert targets_needed(e, "far@wb").positions == 0
 
 
 @calm
@@ -243,7 +354,7 @@ def test_targets_of_a_mix_are_those_that_the_student_reads_and_not_one_more(weig
     streams, places = Mix(weights)(np.arange(min(taught, steps) * batch_size))
     for number, name in enumerate(corpora):
         read = places[streams == number]
-        assert targets_needed(e, "t", name)[0] == (read.max() + 1 if len(read) else 0)
+        assert targets_needed(e, f"t@{name}").positions == (read.max() + 1 if len(read) else 0)
 
 
 # ------------------------------------------------------------------------------------------------------- α

@@ -13,7 +13,12 @@ import torch
 from launching import alive, environment, folder_digest, ki_ds, killed, metrics, write
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from ki_ds import pipeline
+from ki_ds.batches import Plan
 from ki_ds.distributed import free_port
+from ki_ds.errors import UserError
+from ki_ds.graph import Stage, load_experiment, stages
+from ki_ds.workspace import Workspace
 
 TRAIN = {"steps": 10, "batch_size": 8, "learning_rate": 5e-3, "dropout": 0.0}
 
@@ -85,6 +90,63 @@ MASKED = {
 }
 
 
+TEXT = "\n\n".join(
+    f"Entry {n}: the square of {n} is {n * n}, its cube is {n**3}, and a few more words follow." for n in range(700)
+)
+
+
+def student(**keys):
+    return gpt(train=train({"a": 1.0}, steps=5), inherit={"from": {"a": "t"}, "teacher_steps": 3, **keys})
+
+
+SELECTIONS = {
+    "name": "selections",
+    "objective": "clm",
+    "sequence_length": 32,
+    "tokenizer": {"train": {"vocabulary_size": 300, "on": ["a"]}},
+    "corpora": {"a": {"sources": [{"text": "a.txt"}], "validation": 0.1}},
+    "models": {
+        "t": gpt(train=train({"a": 1.0})),
+        "plain": student(temperature=1.0, targets={"k": 16}),
+        "tail": student(temperature=2.0, targets={"select": "top_k_tail", "k": 12}),
+        "nucleus": student(targets={"select": "top_p", "p": 0.3, "k": 40}),
+        "drawn": student(targets={"select": "sampled", "draws": 20}),
+    },
+    "positions_per_shard": 8,
+}
+STORED = {
+    **SELECTIONS,
+    "name": "stored",
+    "models": {
+        "t": {"targets": {"a": "work/targets/t@a"}},
+        "s": student(temperature=2.0, targets={"select": "top_k_tail", "k": 8}),
+        "alone": gpt(train=train({"a": 1.0}, steps=5)),
+    },
+    "compare": [{"student": "s", "baseline": "alone"}],
+}
+
+
+@pytest.fixture(scope="session")
+def selections(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selections")
+    (folder / "a.txt").write_text(TEXT)
+    file = write(folder / "e.json", SELECTIONS)
+    ki_ds("run", file, "--workdir", folder / "work")
+    return file, folder / "work"
+
+
+@pytest.fixture
+def stored(selections):
+    """The file of an experiment that reads the predictions of another one."""
+    file, _ = selections
+    return write(file.parent / "stored.json", STORED)
+
+
+def opened(file, work, *settings):
+    """The work directory as the experiment's commands see it, without a process."""
+    return Workspace(load_experiment(file, None, settings), file, work)
+
+
 @pytest.fixture(scope="session")
 def graph(tmp_path_factory):
     folder = tmp_path_factory.mktemp("graph")
@@ -152,7 +214,7 @@ def test_targets_are_computed_once_for_two_students(graph):
     assert sorted(path.name for path in (work / "targets").iterdir()) == ["g1@a", "g2@a", "on-b@b"]
     # g2 and mixed and half and small-batch read g1@a: 5 · 8 = 40 positions, 20 of a mix, 7 · 4 = 28; K is the largest
     facts = json.loads((work / "targets" / "g1@a" / "manifest.json").read_text())["facts"]
-    assert (facts["positions"], facts["k"]) == (40, 24)
+    assert (facts["positions"], facts["header"]["selection"]["k"]) == (40, 24)
     assert len(list((work / "targets" / "g1@a").glob("*.kit"))) == 3
 
 
@@ -348,3 +410,168 @@ def test_runner_scripts_work_under_the_launcher_directly(masked, tmp_path):
     assert done.returncode == 0, done.stdout + done.stderr
     found = [json.loads((folder / "results" / "student" / "perplexity.json").read_text()) for folder in (work, here)]
     assert found[0] == found[1]
+
+
+# ------------------------------------------------------------------------------------- selections and stored teachers
+
+TEACH = ("t@a", "t@a@sampled-20-t2", "t@a@top_p-0.3")
+
+
+def first_batch(space, name):
+    loader = space.loader(name, Plan(8, 8, 0, 1))
+    try:
+        return loader.load(0, 1.0)
+    finally:
+        loader.close()
+
+
+def folder_states(space):
+    return {name: pipeline.stage_state(space, Stage("teach", name)) for name in TEACH}
+
+
+def test_every_selection_trains_to_the_end(selections):
+    _, work = selections
+    assert sorted(path.name for path in (work / "targets").iterdir()) == sorted(TEACH)
+    first = {}
+    for name in ("plain", "tail", "nucleus", "drawn"):
+        lines = metrics(work / "models" / name)
+        assert len(lines) == 5 and lines[-1]["validation"].keys() == {"a"}
+        assert [line["kl"] is not None and line["kl"] > 0 for line in lines] == [True] * 3 + [False] * 2
+        assert lines[-1]["reading_seconds"] >= lines[0]["reading_seconds"] > 0
+        first[name] = lines[0]["kl"]
+        assert first[name] != pytest.approx(lines[0]["ce"], rel=1e-3)
+    assert len({round(value, 4) for value in first.values()}) == 4  # each reads another target
+    assert all(line["reading_seconds"] == 0 for line in metrics(work / "models" / "t"))
+
+
+def test_headers_say_where_targets_come_from(selections):
+    file, work = selections
+    header = json.loads((work / "targets" / "t@a" / "manifest.json").read_text())["facts"]["header"]
+    space = opened(file, work)
+    assert header["teacher"] == {"name": "t", "digest": space.model_digest("t")}
+    assert header["corpus"] == {"name": "a", "digest": space.tokens("a").digest}
+    assert header["stream"] == {"seed": 1, "views": 1, "sequences": len(space.tokens("a").train)}
+    assert header["codec"]["scalars"] == ["first", "truth", "tail@1", "tail@2"]  # temperatures of both students
+
+
+def test_larger_k_serves_a_smaller_one_and_any_temperature_without_the_teacher(selections):
+    """Log-probabilities are stored at temperature 1."""
+    file, work = selections
+    space = opened(file, work, "models.plain.inherit.targets.k=5", "models.plain.inherit.temperature=3.5")
+    assert set(folder_states(space).values()) == {"sealed"}
+    (batch,), (whole,) = first_batch(space, "plain"), first_batch(opened(file, work), "plain")
+    assert set(batch.targets.count_N.tolist()) == {5} and set(whole.targets.count_N.tolist()) == {16}
+    kept = [set(row) for row in whole.targets.ids().tolist()]
+    assert all(set(row) <= other for row, other in zip(batch.targets.ids().tolist(), kept, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("setting", "name", "difference"),
+    [
+        ("models.plain.inherit.targets.k=17", "t@a", "config.selection.k: found 16, expected 17"),
+        ("models.tail.inherit.temperature=3", "t@a", "config.scalars: found "),
+        ("target_distortion.mean=1e-5", "t@a", "config.quantum: found "),
+    ],
+)
+def test_folder_that_lacks_what_is_asked_is_refused_with_the_key_and_the_remedy(selections, setting, name, difference):
+    file, work = selections
+    space = opened(file, work, setting)
+    assert folder_states(space)[name] == "other"
+    with pytest.raises(UserError) as refused:
+        pipeline.run(space, pipeline.Launch([], 1, None), ("train",))
+    said = str(refused.value)
+    assert f"targets/{name}: made from another experiment" in said and difference in said
+    assert f"or remove {work / 'targets' / name} to make it again" in said
+
+
+def test_tail_at_another_temperature_is_never_read_as_this_one(selections):
+    """The last line of defence, should a folder be put in place by hand."""
+    file, work = selections
+    with pytest.raises(UserError, match=r"tail@1, tail@2; expected tail@3 \(models.tail.inherit.temperature\)"):
+        opened(file, work, "models.tail.inherit.temperature=3").targets("tail", "a")
+
+
+def test_what_a_looser_bound_or_draws_do_not_need_is_not_made_again(selections):
+    file, work = selections
+    assert set(folder_states(opened(file, work, "target_distortion.mean=1e-3")).values()) == {"sealed"}
+    tight = folder_states(opened(file, work, "target_distortion.mean=1e-5"))
+    assert tight["t@a@sampled-20-t2"] == "sealed"  # counts are exact
+
+
+def test_two_ranks_store_the_same_bytes(selections, tmp_path):
+    """Top-k, top-p and draws."""
+    file, work = selections
+    here = copy_without(work, tmp_path / "work")
+    shutil.rmtree(here / "targets")
+    ki_ds("teach", file, "--workdir", here, "--processes", 2)
+    for name in TEACH:
+        assert len(list((here / "targets" / name).glob("*.kit"))) == 3
+        assert folder_digest(here / "targets" / name) == folder_digest(work / "targets" / name), name
+
+
+def test_bound_that_cannot_be_met_ends_with_one_line(selections, tmp_path):
+    file, work = selections
+    here = copy_without(work, tmp_path / "work")
+    shutil.rmtree(here / "targets")
+    sets = ("--set", "target_distortion.mean=1e-6", "--set", "models.plain.inherit.targets.k=300")
+    said = ki_ds("worker", "teach", file, "--workdir", here, "--name", "t@a", *sets, code=2)
+    errors = [line for line in said.splitlines() if "error" in line.lower()]
+    assert len(errors) == 1 and errors[0].startswith("error: ")
+    assert "target_distortion." in errors[0] and "models.t" in errors[0]
+    assert "Traceback" not in said
+    assert not (here / "targets" / "t@a" / "manifest.json").exists()
+
+
+def test_stored_teacher_teaches_in_another_experiment(stored, tmp_path):
+    """Its folder is named relative to the experiment file; nobody here runs or evaluates it."""
+    work = tmp_path / "work"
+    said = ki_ds("run", stored, "--workdir", work)
+    assert "all done" in said and "teach" not in said.split("all done")[0]
+    assert not (work / "targets").exists() and not (work / "results" / "t").exists()
+    assert [line["kl"] is not None for line in metrics(work / "models" / "s")] == [True] * 3 + [False] * 2
+    facts = json.loads((work / "models" / "s" / "manifest.json").read_text())["facts"]
+    assert facts["teachers"]["a"]["flops_per_sequence"] == 0
+    space = opened(stored, work)
+    assert {pipeline.stage_state(space, stage) for stage in stages(space.experiment)} == {"sealed"}
+    summary = json.loads((work / "report" / "summary.json").read_text())
+    assert summary["models"]["s"]["teachers"] == {"a": "t"}
+
+
+def test_stored_teacher_of_another_seed_or_corpus_is_refused_at_the_first_record(stored, selections, tmp_path):
+    _, made = selections
+    assert first_batch(opened(stored, made), "s")[0].taught == 8 * 31
+    (stored.parent / "b.txt").write_text(TEXT.replace("square", "second power"))
+    other = opened(stored, tmp_path, 'corpora.a.sources=[{"text": "b.txt"}]')
+    pipeline.run(other, pipeline.Launch([], 1, None), ("tokenizer", "corpus"))
+    for space in (opened(stored, made, "seed=2"), other):
+        with pytest.raises(UserError, match="t@a: position 0: the teacher saw another input than the student"):
+            first_batch(space, "s")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["models.s.inherit.targets.k=17"], r"'k': 16.*expected models.s.inherit.targets .*'k': 17"),
+        (["models.s.inherit.targets.select=top_p", "models.s.inherit.targets.p=0.9"], r"expected .*'kind': 'top_p'"),
+        (["models.s.inherit.targets.select=sampled", "models.s.inherit.targets.k=null"], r"expected .*'sampled'"),
+        (["models.s.inherit.temperature=3"], r"tail@1, tail@2; expected tail@3"),
+        (["models.s.inherit.teacher_steps=4"], r"holds 24 positions; expected the 32 that models.s reads of corpora.a"),
+    ],
+)
+def test_stored_teacher_that_lacks_what_is_asked_is_refused_before_training(stored, selections, settings, words):
+    _, work = selections
+    with pytest.raises(UserError, match=words):
+        opened(stored, work, *settings).targets("s", "a")
+
+
+@pytest.mark.parametrize("name", ["t@a@sampled-20-t2", "t@a@top_p-0.3"])
+def test_stored_folder_of_another_selection_is_not_read_as_top_k(stored, selections, name):
+    _, work = selections
+    with pytest.raises(UserError, match=r"expected models\.s\.inherit\.targets"):
+        opened(stored, work, f"models.t.targets.a=work/targets/{name}").targets("s", "a")
+
+
+def test_missing_stored_folder_is_refused_before_anything_runs(stored, tmp_path):
+    with pytest.raises(UserError, match=r"nowhere: there is no manifest\.json: not a finished targets folder"):
+        pipeline.preflight(opened(stored, tmp_path, "models.t.targets.a=nowhere"), 1)
+    pipeline.preflight(opened(stored, tmp_path), 1)
