@@ -12,7 +12,6 @@ from ki_ds.corpus.sources import FileSource, files
 from ki_ds.errors import UserError
 from ki_ds.graph import Stage, targets_needed, taught_by
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, digest, file_digest, parse_manifest, read_manifest
-from ki_ds.targets import codec
 from ki_ds.targets.folder import read_facts
 from ki_ds.targets.selection import scalar_names, tail_name
 
@@ -58,25 +57,25 @@ def identity(space: Workspace, stage: Stage) -> Identity:
 
 
 def _targets(space: Workspace, stage: Stage, viewing: dict[str, Any]) -> Identity:
-    """Of a teach stage; where the folder holds more than is asked (a larger k, finer quanta), as it is."""
+    """Of a teach stage; where its folder holds more than is asked (a larger k, more temperatures), as it is."""
     needed = targets_needed(space.experiment, stage.name)
     inputs = {
         f"models/{needed.teacher}": space.model_digest(needed.teacher),
         f"corpora/{needed.corpus}": space.tokens(needed.corpus).digest,
     }
-    selection = needed.selection
-    quantum = 0.0 if selection.kind == "sampled" else codec.quantum(space.experiment.target_distortion.mean)
-    scalars = [*scalar_names(selection, needed.temperatures)]
-    config = {**viewing, "selection": selection.record, "scalars": scalars, "quantum": quantum}
+    selection, scalars = needed.selection, [*scalar_names(needed.selection, needed.temperatures)]
+    config = {**viewing, "selection": selection.record, "scalars": scalars}
+    if selection.kind != "sampled":
+        config["target_distortion"] = space.experiment.target_distortion.mean
+    folder = space.folder(stage)
     for name in (MANIFEST, UNSEALED):
-        path = space.folder(stage) / name
-        if path.exists():
+        path = folder / name
+        if path.exists() and (name == MANIFEST or any(folder.glob("*.kit"))):
             found = parse_manifest(path.read_bytes(), str(path))["config"]
             there = found.get("selection", {})
             serves = {**there, "k": 0} == {**selection.record, "k": 0} and there["k"] >= selection.k
-            tails = {tail_name(temperature) for temperature in needed.tails}
-            if serves and tails <= {*found["scalars"]} and found["quantum"] <= quantum:
-                config |= {key: found[key] for key in ("selection", "scalars", "quantum")}
+            if serves and {tail_name(temperature) for temperature in needed.tails} <= {*found["scalars"]}:
+                config |= {key: found[key] for key in ("selection", "scalars")}
             break
     return Identity("teach", config, inputs)
 

@@ -153,6 +153,15 @@ def read_manifest(path: Path) -> dict[str, Any]:
     return _read(path / MANIFEST)
 
 
+def read_unsealed(path: Path) -> dict[str, Any]:
+    """What a folder that is being filled is to become.
+
+    Raises:
+        UserError: it is unreadable, or of another schema.
+    """
+    return _read(path / UNSEALED)
+
+
 def open_sealed(path: Path) -> Manifest:
     """The manifest of a sealed folder, after checking that its files are there with their sizes.
 
@@ -168,7 +177,9 @@ def open_sealed(path: Path) -> Manifest:
         found = file.stat().st_size if file.exists() else None
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
-            remedy = f"Remove {file if data['stage'] == 'teach' else path} and run again: it is made anew."
+            whole = data["stage"] != "teach"  # targets are mended shard by shard
+            remedy = f"Remove {path if whole else file} and run again" if whole or found is not None else "Run again"
+            remedy += ": it is made anew."
             raise UserError(f"{file}: {what}, but the manifest says {size} bytes. {remedy}")
     return Manifest(path, str(data["fingerprint"]), dict(data["facts"]), data)
 
@@ -201,8 +212,9 @@ def check_identity(path: Path, identity: Identity) -> None:
         )
 
 
-def prepare(path: Path, identity: Identity) -> Manifest | None:
-    """The manifest where the folder is sealed; else make it ready to be filled and return None.
+def prepare(path: Path, identity: Identity, facts: dict[str, Any] | None = None) -> Manifest | None:
+    """The manifest where the folder is sealed; else make it ready to be filled and return None. `facts` are what an
+    interrupted run is to find again, by `begun`.
 
     Raises:
         UserError: the folder belongs to another experiment, or to the same one before it was changed.
@@ -222,15 +234,23 @@ def prepare(path: Path, identity: Identity) -> Manifest | None:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{path}: cannot be made: {error.strerror}. {remedy(error)}") from None
-    write_atomically(path / UNSEALED, _pretty(identity.record))
+    write_atomically(path / UNSEALED, _pretty({**identity.record, "facts": facts or {}}))
     return None
 
 
-def reopen(path: Path, identity: Identity) -> None:
+def reopen(path: Path, identity: Identity, facts: dict[str, Any] | None = None) -> None:
     """Make a sealed folder ready to be added to: it is unsealed before anything changes."""
     if (path / MANIFEST).exists():
-        write_atomically(path / UNSEALED, _pretty(identity.record))
+        write_atomically(path / UNSEALED, _pretty({**identity.record, "facts": facts or {}}))
         (path / MANIFEST).unlink()
+
+
+def begun(path: Path) -> dict[str, Any]:
+    """The facts of a folder, sealed or being filled; empty where there is neither."""
+    for name in (MANIFEST, UNSEALED):
+        if (path / name).exists():
+            return dict(_read(path / name).get("facts", {}))
+    return {}
 
 
 def differences(found: Any, expected: Any, place: str = "") -> list[str]:
@@ -247,8 +267,11 @@ def differences(found: Any, expected: Any, place: str = "") -> list[str]:
     return [] if texts[0] == texts[1] else [f"{place}: found {shown[0]}, expected {shown[1]}"]
 
 
-def seal(path: Path, identity: Identity, facts: dict[str, Any], leave_out: tuple[str, ...] = ()) -> Manifest:
-    """Write the manifest; from now on the folder is complete. What it can do without (`leave_out`) is not listed."""
+def seal(
+    path: Path, identity: Identity, facts: dict[str, Any], leave_out: tuple[str, ...] = (), synced: str = ""
+) -> Manifest:
+    """Write the manifest; from now on the folder is complete. What it can do without (`leave_out`) is not listed; files
+    that are named like `synced` were flushed to disk when they were written."""
     for leftover in path.rglob("*.tmp"):
         if leftover.is_file():
             leftover.unlink()
@@ -256,7 +279,8 @@ def seal(path: Path, identity: Identity, facts: dict[str, Any], leave_out: tuple
     for file in sorted(path.rglob("*")):
         listed = file.relative_to(path).parts[0] not in (*leave_out, MANIFEST, UNSEALED)
         if file.is_file() and listed:
-            sync(file)  # the manifest must not outlive what it vouches for
+            if not fnmatch(file.name, synced):
+                sync(file)  # the manifest must not outlive what it vouches for
             files[str(file.relative_to(path))] = file.stat().st_size
     record = {
         **identity.record, "fingerprint": identity.fingerprint, "facts": facts, "files": files, "versions": versions(),

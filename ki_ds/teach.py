@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from ki_ds.errors import UserError
 from ki_ds.experiment import Distortion
 from ki_ds.models import LanguageModel
 from ki_ds.progress import Progress
-from ki_ds.sealed import MANIFEST, Identity, Manifest, prepare, read_manifest, reopen, seal, state
+from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, seal, state
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.select import Selected, select
@@ -68,15 +68,26 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
     Raises:
         UserError: the folder belongs to something else, the disk is full, or the bound on the distortion is not met.
     """
-    shards = ShardFolder(folder, lesson.positions, lesson.positions_per_shard)
-    sealed = None
+    sealed, positions, per_shard = None, lesson.positions, lesson.positions_per_shard
     if distributed.rank() == 0:
-        if state(folder, identity) == "sealed" and not complete(folder, lesson.positions):
-            reopen(folder, identity)  # a longer run than before, or a shard that was set aside, adds what is missing
-        sealed = prepare(folder, identity)
-    sealed = distributed.from_first(sealed)
+        found = state(folder, identity)
+        if found in ("sealed", "unsealed"):  # what was stored once stays, on its own grid of shards
+            facts = begun(folder)
+            positions = max(positions, facts.get("positions", 0))
+            per_shard = facts.get("positions_per_shard", per_shard)
+        elif found == "other" and not (folder / MANIFEST).exists() and not any(folder.glob("*.kit")):
+            (folder / UNSEALED).unlink()  # begun with other settings, but nothing was stored
+        facts = {"positions": positions, "positions_per_shard": per_shard}
+        if found == "sealed" and not complete(folder, positions):
+            reopen(
+                folder, identity, facts
+            )  # a longer run than before, or a shard that was set aside, adds what is missing
+        sealed = prepare(folder, identity, facts)
+    sealed, positions, per_shard = distributed.from_first((sealed, positions, per_shard))
     if sealed is not None:
         return sealed
+    lesson = replace(lesson, positions=positions, positions_per_shard=per_shard)
+    shards = ShardFolder(folder, positions, per_shard)
     missing = distributed.from_first(shards.missing() if distributed.rank() == 0 else None)
     engine = inference_engine(lesson, device)
     done = (len(shards) - len(missing)) * lesson.positions_per_shard
@@ -96,8 +107,8 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
                 f"{folder}: shards that other ranks wrote are not here. --workdir must lie on a file system that all "
                 "nodes share."
             )
-        for stray in set(folder.glob("*.kit")) - {folder / shards.name(number) for number in range(len(shards))}:
-            stray.unlink()  # the last, partial shard of a shorter run
+        for path in set(folder.glob("*.kit")) - {folder / shards.name(number) for number in range(len(shards))}:
+            path.unlink()  # the last, partial shard of a shorter run
         sealed = finish(folder, identity, lesson.positions, lesson.positions_per_shard, lesson.header)
     return distributed.from_first(sealed)
 
@@ -105,7 +116,7 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
 def finish(folder: Path, identity: Identity, positions: int, per_shard: int, header: dict[str, Any]) -> Manifest:
     """Seal a targets folder whose shards are all there."""
     facts = {"positions": positions, "positions_per_shard": per_shard, "header": header}
-    return seal(folder, identity, facts, leave_out=(ASIDE,))
+    return seal(folder, identity, facts, leave_out=(ASIDE,), synced="*.kit")
 
 
 def complete(folder: Path, positions: int) -> bool:
@@ -177,9 +188,9 @@ def compute(
                     f"{positions[begin]} of its corpus; the teacher's weights are broken"
                 )
             scalars = {name: x.cpu().numpy() for name, x in found.scalars.items()}
-            ids, given = found.ids_NK.cpu().numpy(), found.given_NK.cpu().numpy()
+            ids, given = found.ids_NK.to(torch.int32).cpu().numpy(), found.given_NK.cpu().numpy()
             waiting.append(encoders.submit(_pack, lesson, ids, given, scalars, view))
-            if len(waiting) > 2 * ENCODERS:
+            if len(waiting) > ENCODERS:
                 blocks.append(waiting.popleft().result())
             progress.advance(len(sequences))
         blocks += [future.result() for future in waiting]

@@ -22,7 +22,7 @@ from ki_ds.graph import Needed, Stage, needs, targets_needed, taught_by
 from ki_ds.inherit import teacher_steps
 from ki_ds.sealed import Identity, open_sealed
 from ki_ds.strict import read_json
-from ki_ds.targets.codec import Codec
+from ki_ds.targets.codec import Codec, quantum
 from ki_ds.targets.folder import ShardFolder, open_folder
 from ki_ds.targets.selection import tail_name
 from ki_ds.targets.source import Place, place
@@ -105,12 +105,12 @@ class Workspace:
 
     def codec(self, identity: Identity) -> Codec:
         """How the rows of a targets folder of this identity are packed."""
-        said = identity.config["selection"]
-        counts = said["kind"] == "sampled"
-        return Codec(
-            self.tokenizer.size, min(said["k"], self.tokenizer.size), identity.config["quantum"],
-            "count" if counts else "log-probability", tuple(identity.config["scalars"]),
-        )  # fmt: skip
+        said, scalars = identity.config["selection"], tuple(identity.config["scalars"])
+        size = self.tokenizer.size
+        if said["kind"] == "sampled":
+            return Codec(size, min(said["k"], size), 0.0, "count", scalars)
+        lowest = min(float(name.removeprefix("tail@")) for name in scalars if name.startswith("tail@"))
+        return Codec(size, said["k"], quantum(identity.config["target_distortion"], lowest), scalars=scalars)
 
     def targets_header(self, stage: Stage, identity: Identity) -> dict[str, Any]:
         """What every shard of a targets folder says of itself, beside its own positions and counts."""
@@ -217,14 +217,17 @@ class Workspace:
         found, wanted = open_folder(folder), model.inherit.targets
         place, how = f"models.{name}.inherit.targets", found.codec
         selection = wanted.selection(model.inherit.temperature)
-        said, counts = found.header["selection"], how.values == "count"
+        said, counts = found.header.get("selection"), how.values == "count"
+        if not isinstance(said, dict):
+            raise UserError(f"{folder}: the header of its shards does not say what was selected")
         alike = {**said, "k": 0} == {**selection.record, "k": 0} and counts == (selection.kind == "sampled")
-        if not alike or how.k < min(selection.k, self.tokenizer.size) or (counts and said["k"] != selection.k):
+        if not alike or how.k < min(selection.k, self.tokenizer.size) or (counts and said.get("k") != selection.k):
             raise UserError(f"{folder}: holds {said}; expected {place} {selection.record}")
         if wanted.tail and tail_name(model.inherit.temperature) not in how.scalars:
+            there = ", ".join(f"{temperature:g}" for temperature in how.temperatures)
             raise UserError(
-                f"{folder}: the tail's weight is stored at {', '.join(how.scalars[2:])}; expected "
-                f"{tail_name(model.inherit.temperature)} (models.{name}.inherit.temperature)"
+                f"{folder}: the tail's weight is stored at the temperatures {there}; expected "
+                f"{model.inherit.temperature:g} (models.{name}.inherit.temperature)"
             )
         if how.vocabulary != self.tokenizer.size:
             raise UserError(

@@ -2,8 +2,9 @@
 
 N positions, K kept ids a position. A row with count 0 has no target. The teacher's probabilities at temperature τ:
 
-    p_nk ∝ exp(-quantum · values_nk / τ)      renormalised over the kept ids; with a tail, over these and one outcome
-    p_n,tail ∝ exp(tail_n)                    more, "any other id", where tail_n is its log weight at this very τ
+    p_nk ∝ exp(-quantum · (v + 7 · max(v - 192, 0)) / τ)    for the value v = values_nk; renormalised over the kept
+                                              ids, or, with a tail, over these and one outcome more, "any other id"
+    p_n,tail ∝ exp(tail_n)                    where tail_n is its log weight at this very τ
     p_nk = values_nk / Σ_k values_nk          where the quantum is 0: counts of draws from the distribution at τ
 """
 
@@ -14,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+FINE, COARSE = 192, 8  # up to FINE a value is a quantum, from there on COARSE quanta
+
 
 @dataclass(frozen=True)
 class PackedTargets:
@@ -21,7 +24,7 @@ class PackedTargets:
 
     ids_NK: Tensor  # int16, the low 16 bits of the id
     high_NK: Tensor | None  # uint8, the bits above; None where the vocabulary fits in 16 bits
-    values_NK: Tensor  # uint8, quanta below the row's most probable id; or counts
+    values_NK: Tensor  # uint8, how far below the row's most probable id; or counts
     count_N: Tensor  # int32, entries of the row that hold
     quantum: float  # nats; 0: the values are counts
     tail_N: Tensor | None = None  # float32, log of the tail's weight over the most probable id's; -inf: no tail
@@ -56,7 +59,10 @@ class PackedTargets:
     def log_probabilities(self, temperature: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """[N, K] of the kept entries (section 3), and [N] of the tail where there is one; -inf where nothing holds."""
         values = self.values_NK.to(dtype)
-        weights = values.log() if self.quantum == 0 else values * (-self.quantum / temperature)
+        if self.quantum == 0:
+            weights = values.log()
+        else:
+            weights = (values + (COARSE - 1) * (values - FINE).clamp(min=0)) * (-self.quantum / temperature)
         weights = weights.masked_fill(~self.kept(), -torch.inf)
         some = self.count_N > 0
         if self.tail_N is None:

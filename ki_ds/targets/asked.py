@@ -14,6 +14,7 @@ from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.errors import UserError
+from ki_ds.experiment import NAME
 from ki_ds.targets.source import Place
 
 Spans = np.ndarray  # int64 [P], where the rows of each position end
@@ -60,13 +61,17 @@ def asked(header: dict[str, Any], root: Path) -> Asked:
     try:
         name, expected = header["corpus"]["name"], header["corpus"]["digest"]
         objective, seed, views = header["objective"], header["stream"]["seed"], header["stream"]["views"]
-        probability = (header["masking"] or {"probability": 0.15})["probability"]
-    except (KeyError, TypeError) as error:
-        raise UserError(f"the header of the shards does not say from which corpus they are ({error})") from None
+        probability = float((header["masking"] or {"probability": 0.15})["probability"])
+        digests = [str(expected), str(header["tokenizer"])]
+        whole = all(type(number) is int and number >= 0 for number in (seed, views)) and views > 0
+        if not whole or not NAME.fullmatch(name) or objective not in ("mlm", "clm"):
+            raise ValueError(f"corpus {name}, objective {objective}, seed {seed}, views {views}")
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"the header of the shards does not say from which corpus they are ({error!r})") from None
     tokenizer = tokenizers.load(root / "tokenizer", objective, "tokenizer")
     tokens = open_tokens(root / "corpora" / name)
     for what, found, wanted in (
-        (root / "corpora" / name, tokens.digest, expected), (root / "tokenizer", tokenizer.digest, header["tokenizer"])
+        (root / "corpora" / name, tokens.digest, digests[0]), (root / "tokenizer", tokenizer.digest, digests[1])
     ):  # fmt: skip
         if found != wanted:
             raise UserError(f"{what}: its digest is {found}, but the targets were made from {wanted}")

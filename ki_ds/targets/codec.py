@@ -3,9 +3,10 @@
 n positions, K kept ids a position, S scalars, E entries that hold in all.
 
 In memory a target is planes of small integers that the loss reads as they are: ids, rising, in a 16-bit plane (and an
-8-bit plane above it where the vocabulary needs it); and beside each id how many quanta its log-probability lies below
+8-bit plane above it where the vocabulary needs it); and beside each id how far its log-probability lies below
 the row's largest (or, for sampled targets, how often it was drawn). Rounding to the nearest quantum q costs at most
-about q²/24 nats of KL in the mean and q²/8 in any row.
+about q²/24 nats of KL in the mean and q²/8 in any row. From 192 quanta down on, where probabilities are below e^-11 of
+the row's largest and count at high temperatures only, values go in steps of 8 quanta: the last is 696 quanta down.
 
 On disk rows are ragged and every id is its distance from the one before it: of a set of K ids only log₂(V choose K)
 bits are left, and their order by probability is not stored twice.
@@ -21,22 +22,28 @@ import numpy as np
 import zstandard
 
 LARGEST = 255  # of the values plane
+FINE, COARSE = 192, 8  # up to FINE a value is a quantum, from there on COARSE quanta
 NAT = 256  # units of a scalar in a nat
 MINUS_INFINITY = -(1 << 15)  # the scalar that says so
+CACHED = 1 << 15  # entries quantised at once, so that they stay in the cache
 LEVEL = 1  # of zstd: the planes hold no repetitions worth a search, only skewed bytes
 BLOCK = zstandard.COMPRESSOBJ_FLUSH_BLOCK
 VALUES = ("log-probability", "count")
 KEYS = {"vocabulary", "k", "values", "quantum", "scalars"}
 
 
-def quantum(mean_nats: float) -> float:
-    """The largest quantum, a multiple of 1/1024 nat, with q²/24 ≤ four fifths of the bound on the mean KL; the rest is
-    for the scatter of small shards.
+QUANTA = np.arange(LARGEST + 1) + (COARSE - 1) * np.maximum(np.arange(LARGEST + 1) - FINE, 0)  # of each value
+QUANTA.flags.writeable = False
+
+
+def quantum(mean_nats: float, lowest_temperature: float = 1.0) -> float:
+    """The largest quantum q, a multiple of 1/1024 nat, with q²/24 ≤ four fifths of the bound on the mean KL; the rest
+    is for the scatter of small shards. At a temperature τ the divergence is q²/24τ².
 
     Raises:
         ValueError: the bound is so tight that no quantum meets it.
     """
-    steps = math.floor(1024 * math.sqrt(24 * 0.8 * mean_nats))
+    steps = math.floor(1024 * min(lowest_temperature, 1.0) * math.sqrt(24 * 0.8 * mean_nats))
     if steps < 1:
         raise ValueError(f"a mean distortion of {mean_nats:g} nats is below what the smallest quantum, 1/1024, gives")
     return steps / 1024
@@ -48,7 +55,7 @@ class Planes:
 
     ids_nK: np.ndarray  # uint16, low bits; rising within a row; 0 where an entry does not hold
     high_nK: np.ndarray | None  # uint8, bits above 16
-    values_nK: np.ndarray  # uint8: quanta below the row's most probable id, or counts; 0 where an entry does not hold
+    values_nK: np.ndarray  # uint8: index of QUANTA below the row's first id, or a count; 0 where none holds
     count_n: np.ndarray  # uint16, entries that hold
     scalars_Sn: np.ndarray  # int16, in 1/256 nat
 
@@ -164,7 +171,8 @@ class Codec:
             scalars: float [n] nats for each name of the codec's.
 
         Returns:
-            The planes, and [n] KL(original ‖ decoded) in nats, both renormalised over the kept entries.
+            The planes, and [n] KL(original ‖ decoded) in nats, both renormalised over the kept entries, at that of
+            the codec's temperatures where it is largest.
 
         Raises:
             ValueError: a scalar, or a log-probability, is not a number; a count is above 255.
@@ -172,7 +180,7 @@ class Codec:
         if self.values == "count":
             if given_nK.size and (given_nK.max() > LARGEST or given_nK.min() < 0):
                 raise ValueError(f"a count of {given_nK.max()}: expected 0 to {LARGEST}")
-            kept, values = given_nK > 0, given_nK.astype(np.uint32)
+            kept, values = given_nK > 0, given_nK.astype(np.uint8)
             distortion_n = np.zeros(len(ids_nK), np.float32)
         else:
             logp = given_nK.astype(np.float32, copy=False)
@@ -180,18 +188,19 @@ class Codec:
             if not (kept | np.isneginf(logp)).all():
                 raise ValueError("a log-probability is not a number")
             values, distortion_n = self._quantise(logp, kept)
-        if kept.all():
-            count = np.full(len(ids_nK), ids_nK.shape[1], np.uint16)
-        else:
-            count = kept.sum(axis=1).astype(np.uint16)
         # a row in one sort: 32-bit words of id and value; what does not hold comes last
         words = (ids_nK.astype(np.uint32) << np.uint32(8)) | values
-        words[~kept] = np.uint32(0xFFFFFFFF)
-        words.sort(axis=1)
-        words = words[:, : self.k]
+        if kept.all():
+            count = np.full(len(ids_nK), ids_nK.shape[1], np.uint16)
+            words.sort(axis=1)
+        else:
+            count = kept.sum(axis=1).astype(np.uint16)
+            words[~kept] = np.uint32(0xFFFFFFFF)
+            words.sort(axis=1)
+            words = words[:, : self.k]
+            words[np.arange(words.shape[1]) >= count[:, None]] = 0
         if len(count) and int(count.max()) > self.k:
             raise ValueError(f"a row of {count.max()} entries, more than K = {self.k}")
-        words[np.arange(words.shape[1]) >= count[:, None]] = 0
         return self._planes(words, count, self._scalars(scalars, len(words))), distortion_n
 
     def _planes(self, words: np.ndarray, count: np.ndarray, scalars: np.ndarray) -> Planes:
@@ -204,26 +213,57 @@ class Codec:
         return Planes(ids, high, octets[:, :, 0].copy(), count, scalars)
 
     def _quantise(self, logp: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint32 [n, K] quanta below the row's largest; float32 [n] KL(original ‖ decoded)."""
+        """uint8 [n, K] values; float32 [n] KL(original ‖ decoded), the largest over the temperatures."""
+        values, distortion = np.empty(logp.shape, np.uint8), np.zeros(len(logp), np.float32)
+        size = max(CACHED // max(logp.shape[1], 1), 1)
+        for start in range(0, len(logp), size):
+            here = slice(start, start + size)
+            values[here], distortion[here] = self._quantise_few(logp[here], kept[here])
+        return values, distortion
+
+    def _quantise_few(self, logp: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         first = logp.max(axis=1, keepdims=True, initial=-np.inf)
+        every = bool(kept.all())
         with np.errstate(invalid="ignore"):
-            below = np.where(kept, first - logp, 0)
-        values = np.minimum(np.rint(below * np.float32(1 / self.quantum)), LARGEST).astype(np.uint32)
+            below = first - logp if every else np.where(kept, first - logp, np.float32(0))
+        values = np.rint(below * np.float32(1 / self.quantum))
+        decoded = values * np.float32(self.quantum)
+        far = np.nonzero(values > FINE)  # few
+        if len(far[0]):
+            coarse = np.rint((below[far] * np.float32(1 / self.quantum) - FINE) * np.float32(1 / COARSE))
+            values[far] = np.minimum(FINE + coarse, LARGEST)
+            decoded[far] = self.quantum * QUANTA[values[far].astype(np.uint8)]
+        excess = decoded - below
+        distortion = np.zeros(len(logp), np.float32)
         # KL = Σ p·d + log(Σ exp(-b) / Σ exp(-a)) for a = below, b = decoded, d = b - a; without cancellation
-        decoded = np.float32(self.quantum) * np.arange(LARGEST + 1, dtype=np.float32)
-        weight = np.exp(-below)
-        change = np.exp(-decoded)[values] - weight
-        below -= decoded[values]
-        if not kept.all():
-            weight[~kept] = change[~kept] = 0
-        total = np.maximum(weight.sum(axis=1), np.float32(1e-30))  # a row without entries
-        pulled = np.einsum("nk,nk->n", weight, below) / total
-        return values, np.maximum(np.log1p(change.sum(axis=1) / total) - pulled, 0)
+        weight, found, last = below, decoded, 0.0
+        for temperature in reversed(self.temperatures):
+            if last == 2 * temperature:  # a square costs less than an exponential
+                weight, found = weight * weight, found * found
+            else:
+                scale = np.float32(-1 / temperature)
+                weight, found = np.exp(below * scale), np.exp(decoded * scale)
+            if not every:
+                weight[~kept] = found[~kept] = 0
+            last, total = temperature, np.maximum(weight.sum(axis=1), np.float32(1e-30))  # a row without entries
+            moved = np.einsum("nk,nk->n", weight, excess) / (total * np.float32(temperature))
+            distortion = np.maximum(distortion, np.log1p((found - weight).sum(axis=1) / total) + moved)
+        return values.astype(np.uint8), distortion
 
     def log_probabilities(self, planes: Planes) -> np.ndarray:
         """float32 [n, K] nats as stored, at temperature 1; -inf where an entry does not hold. Not for counts."""
         first = self.scalar(planes, "first")[:, None]
-        return np.where(planes.kept(), first - np.float32(self.quantum) * planes.values_nK, -np.inf).astype(np.float32)
+        return np.where(planes.kept(), first - self.below(planes), -np.inf).astype(np.float32)
+
+    def below(self, planes: Planes) -> np.ndarray:
+        """float32 [n, K] nats that each entry lies below its row's most probable id. Not for counts."""
+        return (self.quantum * QUANTA).astype(np.float32)[planes.values_nK]
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Where the tail's weight is stored and the distortion is measured; 1 is always among them."""
+        named = (float(name.removeprefix("tail@")) for name in self.scalars if name.startswith("tail@"))
+        return tuple(sorted({1.0, *named}))
 
     def prefix(self, planes: Planes, k: int) -> Planes:
         """The k most probable entries of every row (ties within a quantum by id); what is cut joins the tail."""
@@ -234,7 +274,7 @@ class Codec:
         kept = planes.kept()
         order = np.where(kept, (planes.values_nK.astype(np.uint32) << 24) | planes.ids(), np.uint32(0xFFFFFFFF))
         order.sort(axis=1)
-        cut = order[:, k:] >> 24
+        cut = QUANTA[order[:, k:] >> 24]
         held = np.arange(k, order.shape[1]) < planes.count_n[:, None]
         count = np.minimum(planes.count_n, k).astype(np.uint16)
         words = (order[:, :k] << 8) | (order[:, :k] >> 24)
@@ -329,7 +369,7 @@ class Codec:
         else:
             gaps, values = np.zeros((n, k), wide), np.zeros((n, k), np.uint8)
             gaps[kept], values[kept] = flat, columns[-1]
-        ids: Any = np.cumsum(gaps, axis=1, dtype=wide)
+        ids: Any = np.add.accumulate(gaps, axis=1, dtype=wide)
         rising = ids[:, 1:] > ids[:, :-1]
         if not (rising if kept is None else rising | ~kept[:, 1:]).all():
             raise ValueError("the ids of a row do not rise")

@@ -38,6 +38,17 @@ def _asked(shards: Any, workdir: Path | None) -> Any:
     return asked(shards.header, work_directory(shards.folder, workdir))
 
 
+def _output(path: Path, folder: bool = False) -> Path:
+    """Where results go, checked before the work."""
+    if "://" in str(path) or ":/" in str(path):
+        raise UserError(f"{path}: expected a local path; copy it to a server afterwards")
+    if not path.parent.is_dir():
+        raise UserError(f"{path}: there is no folder {path.parent}")
+    if path.is_file() if folder else path.is_dir():
+        raise UserError(f"{path}: is a {'file' if folder else 'folder'}; name a {'folder' if folder else 'file'}")
+    return path
+
+
 def _faults(shards: Any, deep: bool, asked: Any) -> list[Any]:
     from ki_ds.targets.verify import verify
 
@@ -157,7 +168,8 @@ def export(
     """Write (ids, log-probabilities) for other trainers: to Parquet, or to arrays in safetensors files."""
     from ki_ds.targets import exchange
 
-    shards = _open(folder)
+    shards, parquet = _open(folder), output.suffix == ".parquet"
+    _output(output, folder=not parquet)
     try:
         asked = _asked(shards, workdir)
     except UserError as error:
@@ -166,7 +178,7 @@ def export(
         asked = None
         say(f"without the columns index and token: {error}")
     parts = exchange.tables(shards, asked)
-    write = exchange.export_parquet if output.suffix == ".parquet" else exchange.export_arrays
+    write = exchange.export_parquet if parquet else exchange.export_arrays
     say(f"{output}: {write(parts, output)} rows")
 
 
@@ -181,6 +193,8 @@ def ask(
     """Write the inputs that a teacher elsewhere is to answer, for `import`."""
     from ki_ds.targets import exchange
 
+    if _output(output).suffix != ".parquet":
+        raise UserError(f"{output}: expected a name that ends in .parquet")
     _, asked, every = _corpus(file, scale, workdir, settings, corpus)
     if positions > every:
         raise UserError(f"--positions {positions}: {corpus} has {every} in all its views")
@@ -199,6 +213,7 @@ def import_(
     """Make targets of predictions made elsewhere; a model with "targets" then teaches them."""
     from ki_ds.targets import imported
 
+    _output(output, folder=True)
     space, asked, every = _corpus(file, scale, workdir, settings, corpus)
     made = imported.make(output, answers, asked, every, space.experiment, corpus, name)
     model = json.dumps({name: {"targets": {corpus: str(output)}}})

@@ -53,9 +53,8 @@ class Table:
 def tables(shards: ShardFolder, asked: Asked | None) -> Iterator[Table]:
     """The folder's rows, some positions at a time; index and token where the corpus is at hand."""
     how = shards.codec
-    for start in range(0, shards.positions, FRAMES):
-        positions = np.arange(start, min(start + FRAMES, shards.positions))
-        read = shards.read(positions)
+    for positions in shards.batches():
+        start, read = int(positions[0]), shards.read(positions)
         planes = read.planes
         given = planes.values_nK.astype(np.float32) if how.values == "count" else how.log_probabilities(planes)
         kept = planes.kept()
@@ -182,11 +181,17 @@ class Answers:
             listed = ", ".join(sorted(names))
             raise UserError(f"{path}: has the columns {listed}; missing: {', '.join(missing)}. `ki-ds targets ask` "
                             "writes the questions to answer")  # fmt: skip
-        for name in ("ids", "logprobs"):
-            if not isinstance(self.file.schema_arrow.field(name).type, pa.ListType | pa.LargeListType):
-                raise UserError(
-                    f"{path}: column {name}: expected lists, found {self.file.schema_arrow.field(name).type}"
-                )
+        whole, fraction = pa.types.is_integer, pa.types.is_floating
+        for name, kind in {
+            "position": whole, "index": whole, "token": whole, "truth": fraction, "ids": whole, "logprobs": fraction
+        }.items():  # fmt: skip
+            if name not in names:
+                continue
+            found = self.file.schema_arrow.field(name).type
+            many = isinstance(found, pa.ListType | pa.LargeListType)
+            if many != (name in ("ids", "logprobs")) or not kind(found.value_type if many else found):
+                wanted = ("lists of " if name in ("ids", "logprobs") else "") + ("ints" if kind is whole else "floats")
+                raise UserError(f"{path}: column {name}: expected {wanted}, found {found}")
         self.truth = "truth" in names
 
     def longest(self) -> int:
@@ -307,7 +312,9 @@ def _block(
         tail = np.log(np.maximum(1 - mass, 0)) - first
     scalars = {"first": first, "tail@1": np.where(np.isfinite(first), tail, -np.inf)}
     if "truth" in how.scalars:
-        scalars["truth"] = rows["truth"][order]
+        scalars["truth"] = rows["truth"][order].astype(np.float64)
+        if (scalars["truth"] > np.where(np.isfinite(first), first, 0) + MASS_SLACK).any():
+            raise UserError(f"{place}: truth is above the log-probability of the most probable id in logprobs")
     try:
         planes, distortion_n = how.pack(ids, logp, scalars)
     except ValueError as error:

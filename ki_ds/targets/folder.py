@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.shard import Raw, Shard, shard_name
 from ki_ds.targets.source import Place, Source, join, names
 
+MOST_SHARDS = 1 << 24
 THREADS = 8  # of reads that wait for a server at the same time
 
 
@@ -72,6 +74,13 @@ class ShardFolder:
         if not planes:
             raise ValueError("no position was asked for")
         return Targets(codec.concatenate(planes), [f.rows for f in frames], [f.digest for f in frames])
+
+    def batches(self) -> Iterator[np.ndarray]:
+        """All positions in order, as many at once as take a bounded amount of memory."""
+        for number in range(len(self)):
+            start = number * self.per_shard
+            for first, count in self.shard(number).batches(start, min(start + self.per_shard, self.positions)):
+                yield np.arange(first, first + count)
 
     def _runs(self, positions: list[int]) -> list[tuple[int, int]]:
         """(first, count) of consecutive positions within a shard."""
@@ -155,10 +164,9 @@ def read_facts(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
     try:
         data = sealed.parse_manifest(source.read(0, source.size()), str(source.place))
     except FileNotFoundError:
-        raise UserError(
-            f"{folder}: there is no {sealed.MANIFEST}: not a finished targets folder. `ki-ds teach` makes and finishes "
-            "one."
-        ) from None
+        remote = "does the server answer, and is the name right?"
+        remedy = remote if isinstance(folder, str) else "`ki-ds teach` makes and finishes one."
+        raise UserError(f"{folder}: there is no {sealed.MANIFEST}: not a finished targets folder; {remedy}") from None
     except OSError as error:
         raise UserError(f"{source.place}: cannot be read ({reason(error)})") from None
     try:
@@ -173,8 +181,10 @@ def _check_facts(data: dict[str, Any]) -> None:
         raise ValueError(f"stage {json.dumps(data['stage'])}")
     for name, least in (("positions", 0), ("positions_per_shard", 1)):
         found = data["facts"].get(name)
-        if type(found) is not int or found < least:
+        if type(found) is not int or not least <= found < 1 << 47:
             raise ValueError(f"{name}: found {json.dumps(found)}, expected a whole number")
+    if -(-data["facts"]["positions"] // data["facts"]["positions_per_shard"]) > MOST_SHARDS:
+        raise ValueError(f"more than {MOST_SHARDS} shards")
     header = data["facts"].get("header")
     if not isinstance(header, dict):
         raise ValueError("without the header of its shards")

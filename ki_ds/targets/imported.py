@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment
 from ki_ds.progress import Progress
-from ki_ds.sealed import Identity, file_digest, prepare, seal
+from ki_ds.sealed import Identity, file_digest, prepare, read_unsealed, reopen, seal, state
 from ki_ds.targets import codec
 from ki_ds.targets.asked import Asked
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.exchange import Answers, blocks
+from ki_ds.targets.folder import open_folder
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import Block, check_bound, shard_name, write_shard
+from ki_ds.targets.verify import ASIDE
 
 
 def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experiment, corpus: str, name: str) -> int:
@@ -44,6 +47,10 @@ def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experim
     }  # fmt: skip
     per_shard = experiment.positions_per_shard
     identity = Identity("teach", {**header, "positions_per_shard": per_shard}, digests)
+    if state(folder) == "unsealed" and "answers" in read_unsealed(folder)["inputs"]:
+        shutil.rmtree(folder)  # of an import that failed: answers may have been corrected since
+    if state(folder, identity) == "sealed" and open_folder(folder).missing():
+        reopen(folder, identity)  # a shard was set aside
     found = prepare(folder, identity)
     if found is not None:
         return int(found.facts["positions"])
@@ -65,5 +72,6 @@ def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experim
             flush()
     if not done:
         raise UserError(f"{path}: has no rows")
-    seal(folder, identity, {"positions": done, "positions_per_shard": per_shard, "header": header})
+    facts = {"positions": done, "positions_per_shard": per_shard, "header": header}
+    seal(folder, identity, facts, leave_out=(ASIDE,), synced="*.kit")
     return done

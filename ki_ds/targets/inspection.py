@@ -8,10 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from ki_ds.errors import UserError
 from ki_ds.targets import codec
 from ki_ds.targets.asked import Asked
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.shard import MOST_SLOTS
 
 SAMPLE = 256  # positions that statistics are taken from
 PARTS = (
@@ -22,16 +24,19 @@ PARTS = (
 
 def probabilities(how: Codec, planes: Planes) -> np.ndarray:
     """float64 [n, K] of the kept ids at temperature 1 (or the draws' own), renormalised; 0 where none holds."""
-    values = planes.values_nK.astype(np.float64)
-    weights = values if how.values == "count" else np.exp(-how.quantum * values)
+    counts = how.values == "count"
+    weights = planes.values_nK.astype(np.float64) if counts else np.exp(-how.below(planes).astype(np.float64))
     weights = np.where(planes.kept(), weights, 0)
     return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
 
 
 def statistics(shards: ShardFolder) -> dict[str, Any]:
     """Means over the rows of evenly spaced positions, and the bytes that each part of a frame takes on disk."""
-    positions = np.unique(np.linspace(0, shards.positions - 1, min(SAMPLE, shards.positions)).astype(np.int64))
+    if not shards.positions:
+        raise UserError(f"{shards.folder}: holds no position")
     how, zstd = shards.codec, codec.compressor()
+    most = max(min(SAMPLE, MOST_SLOTS // (shards.shard(0).header["sequence_length"] * how.k), shards.positions), 1)
+    positions = np.unique(np.linspace(0, shards.positions - 1, most).astype(np.int64))
     read = shards.read(positions)
     planes, rows = read.planes, len(read.planes)
     ends = np.cumsum(read.rows)
@@ -107,6 +112,8 @@ def rows(shards: ShardFolder, position: int, count: int, asked: Asked | None, mo
 def bench(shards: ShardFolder, seconds: float = 5.0, batch: int = 16) -> dict[str, float]:
     """Reads as a training run does, from the first position on, on one thread: positions of the corpus's tokens (rows)
     a second, decoded to packed planes, and the megabytes of planes that this makes."""
+    if not shards.positions:
+        raise UserError(f"{shards.folder}: holds no position")
     shards.read(np.arange(min(batch, shards.positions)))  # opens the first shard
     done = rows = size = 0
     began = time.perf_counter()

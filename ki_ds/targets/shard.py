@@ -15,7 +15,7 @@ from __future__ import annotations
 import json
 import struct
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,7 +27,7 @@ import zstandard
 from ki_ds.errors import UserError, reason
 from ki_ds.sealed import write_atomically
 from ki_ds.targets import codec
-from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.codec import QUANTA, Codec, Planes
 from ki_ds.targets.source import Place, Source
 
 MAGIC = b"KIT\x93\r\n\x1a\n"
@@ -38,7 +38,8 @@ INDEX = np.dtype([("offset", "<u8"), ("compressed", "<u4"), ("raw", "<u4"), ("ro
                   ("checksum", "<u8"), ("digest", "<u8")])  # fmt: skip
 LARGEST_HEADER = 1 << 20
 LARGEST_RATIO = 1 << 15  # of zstd: a block of one repeated byte takes 4 bytes for 128 KiB
-LARGEST_PLANE = 1 << 28  # rows · K of a position: 262,144 tokens of 1024 ids; in memory rows are not ragged
+LARGEST_PLANE = 1 << 26  # rows · K of a position: 65,536 tokens of 1,024 ids; in memory rows are not ragged
+MOST_FRAMES, MOST_SLOTS = 64, 1 << 22  # of what a tool reads at once
 HEAD, TAIL = 1 << 13, 1 << 16  # read at once from the file's ends: most often header and index are in them
 NUMBERS = ("start", "end", "rows", "entries", "sequence_length")  # whole numbers that a header gives
 _local = threading.local()
@@ -103,8 +104,8 @@ def check_bound(blocks: Sequence[Block], bound: Bound, how: Codec, place: str) -
         if found > allowed:
             raise UserError(
                 f"{place} lose {found:.2g} nats to quantisation; target_distortion.{name} allows {allowed:g}. Quanta "
-                f"of {how.quantum:.3g} nats reach {255 * how.quantum:.3g} nats below a row's first id. Raise the "
-                "bound, or keep fewer ids (inherit.targets.k)."
+                f"of {how.quantum:.3g} nats reach {QUANTA[-1] * how.quantum:.3g} below a row's first id. Raise the "
+                "bound; or remove the folder, to begin again with other quanta (target_distortion.mean) or a smaller k."
             )
 
 
@@ -131,6 +132,10 @@ def write_shard(path: Path, how: Codec, header: dict[str, Any], start: int, bloc
     prefix = PREFIX.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text))
     write_atomically(path, [prefix, text, *(frame for block in blocks for frame in block.frames), table, footer])
     return said
+
+
+class Damaged(UserError):
+    """A shard whose bytes are not what its writer wrote, as against one that cannot be read just now."""
 
 
 @dataclass(frozen=True)
@@ -222,6 +227,16 @@ class Shard:
         if (int(rows.sum()), int(entries.sum())) != (header["rows"], header["entries"]):
             raise self.bad(f"the index has {rows.sum()} rows and {entries.sum()} entries, the header says otherwise")
 
+    def batches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
+        """(first, count) of runs of positions that take a bounded amount of memory to read and decode at once."""
+        first = start
+        while first < end:
+            rows = self.index["rows"][first - self.header["start"] :][:MOST_FRAMES].astype(np.int64)
+            size = np.cumsum(np.maximum(rows * self.codec.k, 1))
+            count = max(int(np.searchsorted(size, MOST_SLOTS, side="right")), 1)
+            yield first, min(count, end - first)
+            first += min(count, end - first)
+
     def _read(self, start: int, length: int) -> bytes:
         try:
             found = self.source.read(start, length)
@@ -231,11 +246,11 @@ class Shard:
             raise self.bad("was cut short")
         return found
 
-    def bad(self, what: str) -> UserError:
+    def bad(self, what: str) -> Damaged:
         """The error of a damaged shard, with its remedy."""
-        return UserError(
-            f"{self.place}: {what}. Run `ki-ds targets repair` on its folder and then `ki-ds teach`: it is computed "
-            "anew."
+        return Damaged(
+            f"{self.place}: {what}. `ki-ds targets repair` on its folder sets it aside; then `ki-ds teach` (or the "
+            "import, where it was imported) makes it anew."
         )
 
     def read(self, first: int, count: int = 1) -> list[Raw]:

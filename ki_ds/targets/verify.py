@@ -12,11 +12,10 @@ import numpy as np
 
 from ki_ds.errors import UserError
 from ki_ds.targets.asked import Asked
-from ki_ds.targets.codec import NAT, Codec, Planes
+from ki_ds.targets.codec import FINE, NAT, Codec, Planes
 from ki_ds.targets.folder import ShardFolder
-from ki_ds.targets.shard import Raw, Shard
+from ki_ds.targets.shard import Damaged, Raw, Shard
 
-FRAMES = 64  # read at once
 ASIDE = "aside"  # where repair keeps damaged shards
 
 
@@ -26,6 +25,7 @@ class Fault:
 
     shard: int  # its number
     message: str
+    damaged: bool = True  # else it could not be looked at: missing, not readable now, of another version
 
 
 def verify(
@@ -40,34 +40,39 @@ def verify(
     """
 
     def one(number: int) -> list[Fault]:
-        found = [Fault(number, message) for message in _shard(shards, number, deep, asked)]
+        found = [Fault(number, str(error), isinstance(error, Damaged)) for error in _shard(shards, number, deep, asked)]
         if advance:
             advance(min(shards.per_shard, shards.positions - number * shards.per_shard))
         return found
 
-    with ThreadPoolExecutor(os.cpu_count() or 1) as pool:
-        return [fault for faults in pool.map(one, range(len(shards))) for fault in faults]
+    faults: list[Fault] = []
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for begin in range(0, len(shards), 64 * threads):
+            for found in pool.map(one, range(begin, min(begin + 64 * threads, len(shards)))):
+                faults += found
+    return faults
 
 
-def _shard(shards: ShardFolder, number: int, deep: bool, asked: Asked | None) -> Iterator[str]:
+def _shard(shards: ShardFolder, number: int, deep: bool, asked: Asked | None) -> Iterator[UserError]:
     try:
         shard = shards.shard(number)
     except UserError as error:
-        yield str(error)
+        yield error
         return
     start, end = shard.header["start"], shard.header["end"]
-    for first in range(start, end, FRAMES):
+    for first, count in shard.batches(start, end):
         frames: list[Raw] = []
         try:
-            frames = shard.read(first, min(FRAMES, end - first))
+            frames = shard.read(first, count)
         except UserError:  # one by one, to name each that is damaged
-            for position in range(first, min(first + FRAMES, end)):
+            for position in range(first, first + count):
                 try:
                     frames += shard.read(position)
                 except UserError as error:
-                    yield str(error)
+                    yield error
         for message in _frames(shard, frames, deep, asked):
-            yield str(shard.bad(message))
+            yield shard.bad(message)
 
 
 def _frames(shard: Shard, frames: list[Raw], deep: bool, asked: Asked | None) -> Iterator[str]:
@@ -105,7 +110,8 @@ def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tup
         checks.append((drawn != drawn[:1], "another number of draws than the first row's"))
         checks.append((((planes.values_nK == 0) & kept).any(axis=1), "an id that was never drawn"))
     else:
-        mass = np.where(kept, np.exp(first[:, None] - how.quantum * planes.values_nK.astype(np.float64)), 0).sum(axis=1)
+        below = how.below(planes).astype(np.float64)
+        mass = np.where(kept, np.exp(first[:, None] - below), 0).sum(axis=1)
         slack = np.exp(how.quantum / 2 + half)
         if "tail@1" in how.scalars:
             mass += np.exp(first + how.scalar(planes, "tail@1").astype(np.float64))
@@ -114,10 +120,15 @@ def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tup
     checks.append((first > half, "a log-probability above 0"))
     if "truth" in how.scalars:
         truth = how.scalar(planes, "truth")
-        checks.append((truth > first + 2 * half, "the true token is more probable than the most probable id"))
+        checks.append(
+            (
+                (planes.count_n > 0) & (truth > first + 2 * half),
+                "the true token is more probable than the most probable id",
+            )
+        )
         if labels is not None and how.values != "count":
-            stored = first[:, None] - how.quantum * planes.values_nK
-            at = kept & (planes.ids() == labels[:, None]) & (planes.values_nK < 255)
+            stored = first[:, None] - how.below(planes)
+            at = kept & (planes.ids() == labels[:, None]) & (planes.values_nK <= FINE)
             wrong = at & (np.abs(stored - truth[:, None]) > how.quantum / 2 + 2 * half)
             checks.append((wrong.any(axis=1), "the true token's log-probability is not what its entry says"))
     for wrong, message in checks:
@@ -126,11 +137,23 @@ def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tup
 
 
 def repair(folder: Path, shards: ShardFolder, faults: list[Fault]) -> list[Path]:
-    """Set the shards with faults aside, so that `teach` computes them again; where they are now."""
+    """Set the damaged shards aside, so that `teach` computes them again; where they are now.
+
+    Raises:
+        UserError: every single shard seems to be damaged, or they cannot be moved.
+    """
+    bad = list(dict.fromkeys(fault.shard for fault in faults if fault.damaged))
+    if len(bad) == len(shards) > 1:
+        raise UserError(
+            f"{folder}: all {len(bad)} shards seem to be damaged, the first: {faults[0].message} More likely the "
+            "manifest or the corpus is another one; nothing was set aside."
+        )
     moved = []
-    for number in dict.fromkeys(fault.shard for fault in faults):
+    for number in bad:
         path = folder / shards.name(number)
-        if path.exists():
+        try:
             (folder / ASIDE).mkdir(exist_ok=True)
             moved.append(path.rename(folder / ASIDE / path.name))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be set aside: {error.strerror}") from None
     return moved

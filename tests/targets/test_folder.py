@@ -315,7 +315,7 @@ def test_folder_without_a_manifest(tmp_path):
 def test_folder_that_is_not_finished(tmp_path):
     sealed.prepare(tmp_path / "made", IDENTITY)
     fill(tmp_path / "made")
-    with pytest.raises(UserError, match=r"not a finished targets folder\. `ki-ds teach` makes and finishes one"):
+    with pytest.raises(UserError, match="not a finished targets folder; `ki-ds teach` makes and finishes one"):
         open_folder(tmp_path / "made")
 
 

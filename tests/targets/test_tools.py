@@ -224,6 +224,19 @@ def not_a_number(rows):
     rows[4]["logprobs"] = [float("nan")] * len(rows[4]["ids"])
 
 
+def fraction(rows):
+    rows[4]["ids"] = [0.7 + one for one in rows[4]["ids"]]
+
+
+def text(rows):
+    for row in rows:
+        row["position"] = str(row["position"])
+
+
+def too_true(rows):
+    rows[4]["truth"] = 5.0
+
+
 def too_far(rows):
     rows.append({**rows[-1], "position": 10**9})
 
@@ -235,7 +248,8 @@ def too_far(rows):
         (gap, "expected position"),
         (backwards, "expected position"), (twice, "stands twice"), (beyond, "an id of 400"), (negative, "an id of"),
         (unequal, "differ in length"), (linear, "natural log-probabilities"), (not_a_number, "log-probabilities"),
-        (too_far, "expected position"),
+        (too_far, "expected position"), (fraction, "expected lists of ints"), (text, "expected ints"),
+        (too_true, "truth is above"),
     ],
 )  # fmt: skip
 def test_answers_that_do_not_fit_are_refused(world, tmp_path, change, message):
@@ -254,8 +268,46 @@ def test_answers_of_other_shapes_are_refused(world, tmp_path):
     arguments = (tmp_path / "made@a", "--corpus", "a", "--workdir", root / "work")
     for name, message in (("text.parquet", "not a Parquet file"), ("absent.parquet", "no such file")):
         assert message in run("import", file, tmp_path / name, *arguments, code=2)
-    said = run("ask", file, tmp_path / "q", "--corpus", "b", "--positions", 1, code=2)
+    said = run("ask", file, tmp_path / "q.parquet", "--corpus", "b", "--positions", 1, code=2)
     assert "--corpus b" in said
+
+
+def test_corrected_answers_can_be_imported_after_a_failure(world, tmp_path):
+    rows = json.loads(json.dumps(world[2]))
+    rows[-1]["token"] = (rows[-1]["token"] + 1) % 400  # behind two shards that were written
+    imported(world, rows, tmp_path)
+    assert "48 positions" in imported(world, world[2], tmp_path, code=0)
+
+
+def test_row_without_ids_is_no_fault(world, tmp_path):
+    rows = json.loads(json.dumps(world[2]))
+    rows[2]["ids"], rows[2]["logprobs"] = [], []
+    imported(world, rows, tmp_path, code=0)
+    assert "no fault" in run("verify", tmp_path / "made@a", "--deep")
+
+
+def test_damaged_import_is_mended_by_importing_again(world, tmp_path):
+    imported(world, world[2], tmp_path, code=0)
+    before = folder_digest(tmp_path / "made@a")
+    damage(tmp_path / "made@a", 1)
+    run("repair", tmp_path / "made@a")
+    shutil.rmtree(tmp_path / "made@a" / "aside")
+    imported(world, world[2], tmp_path, code=0)
+    assert folder_digest(tmp_path / "made@a") == before
+
+
+def test_output_that_cannot_be_written_is_refused_at_once(world, tmp_path):
+    root, file, _ = world
+    (tmp_path / "file").write_text("")
+    (tmp_path / "folder.parquet").mkdir()
+    more = ("--corpus", "a", "--workdir", root / "work")
+    for output, message in (
+        (tmp_path / "absent" / "x.parquet", "there is no folder"), (tmp_path / "file", "is a file"),
+        (tmp_path / "folder.parquet", "is a folder"), ("s3://bucket/x.parquet", "expected a local path"),
+    ):  # fmt: skip
+        assert message in run("export", root / "big@a", output, code=2)
+    assert "ends in .parquet" in run("ask", file, tmp_path / "q.csv", *more, "--positions", 1, code=2)
+    assert "expected a local path" in run("import", file, root / "answers.parquet", "memory://x/y", *more, code=2)
 
 
 # ------------------------------------------------------------------------------------------ verify and repair
@@ -306,6 +358,15 @@ def test_repair_leaves_a_whole_folder_alone(copy):
     before = folder_digest(copy)
     assert "0 of 3 shards" in run("repair", copy)
     assert folder_digest(copy) == before
+
+
+def test_repair_moves_nothing_where_every_shard_disagrees_with_the_manifest(copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    manifest["facts"]["header"]["tokenizer"] = "another"
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    said = run("repair", copy, code=2)
+    assert "all 3 shards seem to be damaged" in said and "tokenizer" in said
+    assert len([*copy.glob("*.kit")]) == 3
 
 
 def test_verify_against_another_corpus(copy, world, tmp_path):
@@ -430,3 +491,10 @@ def test_student_of_imported_predictions_trains_and_repair_leads_to_the_same_byt
     assert folder_digest(taught) == before
     assert {p.name for p in taught.glob("*.kit") if p.stat().st_mtime_ns != times[p.name]} == {path.name}
     assert "no fault" in run("verify", taught, "--deep", "--against-corpus")
+    # a shorter run with other shards, just when one is missing, takes nothing away and keeps to the shards there are
+    damage(taught, 1)
+    run("repair", taught)
+    shutil.rmtree(taught / "aside")
+    shorter = ("--set", "models.pupil.train.steps=1", "--set", "positions_per_shard=8")
+    ki_ds("worker", "teach", file, "--workdir", work, "--name", "teach:teacher@a", *shorter)
+    assert folder_digest(taught) == before
