@@ -279,7 +279,7 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, cap
     shard.write_bytes(good[:middle] + bytes([good[middle] ^ 8]) + good[middle + 1 :])
     said = ki_ds("train", file, "--workdir", work, "--processes", 2, code=2)
     assert shard.name in said
-    assert "Run `ki-ds targets repair` on its folder and then `ki-ds teach`" in said
+    assert "`ki-ds targets repair` on its folder sets it aside; then `ki-ds teach`" in said
     assert "Traceback" not in said  # nor from the other rank, which loses its peer
     shard.write_bytes(good[:-10])
     assert "bytes, but the manifest says" in student(2)
