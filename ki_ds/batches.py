@@ -210,5 +210,6 @@ def misaligned(folder: Place, position: int, corpus: str) -> UserError:
     """The error of a teacher that saw another input than the student would."""
     return UserError(
         f"{folder}: position {position}: the teacher saw another input than the student is about to see "
-        f"(corpus {corpus}, seed, masking or sequence length changed since). Remove the folder and run `ki-ds teach`, or import the predictions again."
+        f"(corpus {corpus}, seed, masking or sequence length changed since). Remove the folder and run `ki-ds teach`, "
+        "or import the predictions again."
     )
