@@ -15,6 +15,7 @@ bits are left, and their order by probability is not stored twice.
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -359,7 +360,6 @@ class Codec:
             raise ValueError(f"a row has {count.max()} entries, more than K = {k}")
         full = bool((count == k).all())
         kept = None if full else np.arange(k) < count[:, None]
-        # 16 bits are enough where the vocabulary fits: a sum that wraps does not rise, which is looked for below
         wide: Any = np.uint16 if self._bytes_of_id == 2 else np.uint32
         flat: Any = columns[0].astype(wide)
         for index, column in enumerate(columns[1:-1], 1):
@@ -369,12 +369,13 @@ class Codec:
         else:
             gaps, values = np.zeros((n, k), wide), np.zeros((n, k), np.uint8)
             gaps[kept], values[kept] = flat, columns[-1]
-        ids: Any = np.add.accumulate(gaps, axis=1, dtype=wide)
-        rising = ids[:, 1:] > ids[:, :-1]
+        last = gaps.sum(axis=1, dtype=np.uint32 if wide is np.uint16 else np.uint64)
+        if n and int(last.max()) >= self.vocabulary:  # so no sum below can wrap
+            raise ValueError(f"an id of {last.max()} in a vocabulary of {self.vocabulary}")
+        rising = gaps[:, 1:] > 0
         if not (rising if kept is None else rising | ~kept[:, 1:]).all():
             raise ValueError("the ids of a row do not rise")
-        if n and int(ids[:, -1].max()) >= self.vocabulary:  # behind its last entry a row repeats it
-            raise ValueError(f"an id of {ids[:, -1].max()} in a vocabulary of {self.vocabulary}")
+        ids = _running_sums(gaps)
         if self.values == "log-probability":
             values = values.max(axis=1, keepdims=True, initial=0) - values
         if kept is not None:
@@ -387,6 +388,20 @@ def _fixed(nats: np.ndarray) -> np.ndarray:
     """Nats in the units of a scalar; what is out of its range is held at the range's end."""
     held = np.clip(np.rint(nats * NAT), MINUS_INFINITY + 1, -MINUS_INFINITY - 1)
     return np.where(np.isneginf(nats), MINUS_INFINITY, held)
+
+
+def _running_sums(gaps_nK: np.ndarray) -> np.ndarray:
+    """Along each row, in the array's own type; none may wrap.
+
+    16-bit numbers go four at a time: a product by 0x0001000100010001 holds the running sums of the four in a word.
+    """
+    if gaps_nK.dtype != np.uint16 or gaps_nK.shape[1] % 4 or sys.byteorder != "little":
+        return np.add.accumulate(gaps_nK, axis=1, dtype=gaps_nK.dtype)
+    ones = np.uint64(0x0001_0001_0001_0001)
+    within = gaps_nK.view(np.uint64) * ones
+    words = within >> np.uint64(48)
+    before = np.add.accumulate(words, axis=1) - words
+    return (before * ones + within).view(np.uint16)
 
 
 def compressor() -> zstandard.ZstdCompressor:
