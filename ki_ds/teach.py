@@ -77,12 +77,11 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
             per_shard = facts.get("positions_per_shard", per_shard)
         elif found == "other" and not (folder / MANIFEST).exists() and not any(folder.glob("*.kit")):
             (folder / UNSEALED).unlink()  # begun with other settings, but nothing was stored
-        facts = {"positions": positions, "positions_per_shard": per_shard}
+        grid = {"positions_per_shard": per_shard}
         if found == "sealed" and not complete(folder, positions):
-            reopen(
-                folder, identity, facts
-            )  # a longer run than before, or a shard that was set aside, adds what is missing
-        sealed = prepare(folder, identity, facts)
+            # a longer run than before, or a shard that was set aside: what is missing is added
+            reopen(folder, identity, {**grid, "positions": positions})
+        sealed = prepare(folder, identity, grid)
     sealed, positions, per_shard = distributed.from_first((sealed, positions, per_shard))
     if sealed is not None:
         return sealed
@@ -107,8 +106,9 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
                 f"{folder}: shards that other ranks wrote are not here. --workdir must lie on a file system that all "
                 "nodes share."
             )
-        for path in set(folder.glob("*.kit")) - {folder / shards.name(number) for number in range(len(shards))}:
-            path.unlink()  # the last, partial shard of a shorter run
+        for path in folder.glob("*.kit"):
+            if not shards.fits(path.name):
+                path.unlink()  # the last, partial shard of another length; whole ones are of use to a longer run
         sealed = finish(folder, identity, lesson.positions, lesson.positions_per_shard, lesson.header)
     return distributed.from_first(sealed)
 

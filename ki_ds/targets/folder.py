@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from ki_ds.targets.shard import Raw, Shard, shard_name
 from ki_ds.targets.source import Place, Source, join, names
 
 MOST_SHARDS = 1 << 24
+SHARD_NAME = re.compile(r"targets-(\d{9,15})-(\d{9,15})\.kit")
 THREADS = 8  # of reads that wait for a server at the same time
 
 
@@ -133,6 +135,13 @@ class ShardFolder:
         """File name of the shard with this number."""
         start = number * self.per_shard
         return shard_name(start, min(start + self.per_shard, self.positions))
+
+    def fits(self, name: str) -> bool:
+        """Whether a file is one of this folder's shards, or would be if the folder were longer."""
+        found = SHARD_NAME.fullmatch(name)
+        start, end = (int(part) for part in found.groups()) if found else (0, 0)
+        number, rest = divmod(start, self.per_shard)
+        return bool(found) and not rest and (end - start == self.per_shard or self.name(number) == name)
 
     def __len__(self) -> int:
         return -(-self.positions // self.per_shard)

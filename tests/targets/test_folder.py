@@ -319,6 +319,19 @@ def test_folder_that_is_not_finished(tmp_path):
         open_folder(tmp_path / "made")
 
 
+@pytest.mark.parametrize(
+    ("name", "fits"),
+    [
+        ("targets-000000000-000000008.kit", True), ("targets-000000016-000000020.kit", True),
+        ("targets-000000024-000000032.kit", True),  # of a longer run
+        ("targets-000000016-000000019.kit", False), ("targets-000000004-000000012.kit", False),
+        ("targets-000000024-000000030.kit", False), ("notes.kit", False), ("targets-000000008-000000000.kit", False),
+    ],
+)  # fmt: skip
+def test_which_files_are_shards_of_a_folder(tmp_path, name, fits):
+    assert ShardFolder(tmp_path, 20, 8).fits(name) == fits
+
+
 def test_manifest_that_cannot_be_read(tmp_path):
     (tmp_path / "manifest.json").mkdir()
     with pytest.raises(UserError, match=r"manifest\.json: cannot be read"):

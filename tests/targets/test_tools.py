@@ -498,3 +498,15 @@ def test_student_of_imported_predictions_trains_and_repair_leads_to_the_same_byt
     shorter = ("--set", "models.pupil.train.steps=1", "--set", "positions_per_shard=8")
     ki_ds("worker", "teach", file, "--workdir", work, "--name", "teach:teacher@a", *shorter)
     assert folder_digest(taught) == before
+    # a longer run appends whole shards of the same length, and touches none that is there
+    names = [path.name for path in sorted(taught.glob("*.kit"))]
+    times = {name: (taught / name).stat().st_mtime_ns for name in names}
+    longer = ("--set", "models.pupil.train.steps=7", "--set", "positions_per_shard=8")
+    ki_ds("worker", "teach", file, "--workdir", work, "--name", "teach:teacher@a", *longer)
+    assert [path.name for path in sorted(taught.glob("*.kit"))] == [
+        *names,
+        "targets-000000032-000000048.kit",
+        "targets-000000048-000000056.kit",
+    ]
+    assert {name: (taught / name).stat().st_mtime_ns for name in names} == times
+    assert open_folder(taught).positions == 56
