@@ -27,13 +27,12 @@ from ki_ds.errors import UserError
 from ki_ds.experiment import Distortion
 from ki_ds.models import LanguageModel
 from ki_ds.progress import Progress
-from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, seal, state
+from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state
 from ki_ds.targets.codec import Codec
-from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.folder import ShardFolder, finish
 from ki_ds.targets.select import Selected, select
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import Block, check_bound, pack_block, write_shard
-from ki_ds.targets.verify import ASIDE
 
 MICRO_BATCH = 16  # sequences
 LOGIT_BYTES = 64 << 20  # of fp32 logits at once
@@ -55,11 +54,6 @@ class Lesson:
     codec: Codec
     header: dict[str, Any]  # of every shard
     bound: Distortion
-
-    @property
-    def temperatures(self) -> list[float]:
-        """Where the tail's weight is stored."""
-        return [float(name.removeprefix("tail@")) for name in self.codec.scalars if name.startswith("tail@")]
 
 
 def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device) -> Manifest:
@@ -109,14 +103,8 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
         for path in folder.glob("*.kit"):
             if not shards.fits(path.name):
                 path.unlink()  # the last, partial shard of another length; whole ones are of use to a longer run
-        sealed = finish(folder, identity, lesson.positions, lesson.positions_per_shard, lesson.header)
+        sealed = finish(folder, identity, positions, per_shard, lesson.header)
     return distributed.from_first(sealed)
-
-
-def finish(folder: Path, identity: Identity, positions: int, per_shard: int, header: dict[str, Any]) -> Manifest:
-    """Seal a targets folder whose shards are all there."""
-    facts = {"positions": positions, "positions_per_shard": per_shard, "header": header}
-    return seal(folder, identity, facts, leave_out=(ASIDE,), synced="*.kit")
 
 
 def complete(folder: Path, positions: int) -> bool:
@@ -135,14 +123,14 @@ def inference_engine(lesson: Lesson, device: torch.device) -> Any:
     import deepspeed
 
     model = LanguageModel(lesson.load().eval(), lesson.codec.vocabulary, lesson.teacher_name)
-    predictor = Predictor(model, lesson.selection, lesson.temperatures).to(device)
+    predictor = Predictor(model, lesson.selection, lesson.codec.temperatures).to(device)
     return deepspeed.init_inference(predictor, dtype=torch.float32, replace_with_kernel_inject=False)
 
 
 class Predictor(nn.Module):
     """What a teacher says at given positions."""
 
-    def __init__(self, model: LanguageModel, selection: Selection, temperatures: list[float]):
+    def __init__(self, model: LanguageModel, selection: Selection, temperatures: tuple[float, ...]):
         super().__init__()
         self.model, self.selection, self.temperatures = model, selection, temperatures
 

@@ -22,6 +22,7 @@ from ki_ds.graph import Needed, Stage, needs, targets_needed, taught_by
 from ki_ds.inherit import teacher_steps
 from ki_ds.sealed import Identity, open_sealed
 from ki_ds.strict import read_json
+from ki_ds.targets.asked import header
 from ki_ds.targets.codec import Codec, quantum
 from ki_ds.targets.folder import ShardFolder, open_folder
 from ki_ds.targets.selection import tail_name
@@ -114,19 +115,12 @@ class Workspace:
 
     def targets_header(self, stage: Stage, identity: Identity) -> dict[str, Any]:
         """What every shard of a targets folder says of itself, beside its own positions and counts."""
-        e, needed = self.experiment, targets_needed(self.experiment, stage.name)
-        tokens = self.tokens(needed.corpus)
-        return {
-            "teacher": {"name": needed.teacher, "digest": identity.inputs[f"models/{needed.teacher}"]},
-            "corpus": {"name": needed.corpus, "digest": tokens.digest},
-            "tokenizer": self.tokenizer.digest,
-            "objective": e.objective,
-            "masking": e.masking.model_dump(mode="json") if e.objective == "mlm" else None,
-            "stream": {"seed": e.seed, "views": e.views, "sequences": len(tokens.train)},
-            "sequence_length": e.sequence_length,
-            "selection": identity.config["selection"],
-            "codec": self.codec(identity).header,
-        }
+        needed = targets_needed(self.experiment, stage.name)
+        teacher = {"name": needed.teacher, "digest": identity.inputs[f"models/{needed.teacher}"]}
+        return header(
+            self.experiment, needed.corpus, self.tokens(needed.corpus), self.tokenizer.digest, teacher,
+            identity.config["selection"], self.codec(identity),
+        )  # fmt: skip
 
     def stored(self, teacher: str, corpus: str) -> Place:
         """Where predictions lie that were made elsewhere."""

@@ -14,7 +14,8 @@ from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.errors import UserError
-from ki_ds.experiment import NAME
+from ki_ds.experiment import NAME, Experiment
+from ki_ds.targets.codec import Codec
 from ki_ds.targets.source import Place
 
 Spans = np.ndarray  # int64 [P], where the rows of each position end
@@ -50,6 +51,30 @@ def work_directory(folder: Place, given: Path | None) -> Path:
     if root is None or not (root / "corpora").is_dir():
         raise UserError(f"{root or folder}: not a work directory (it has no corpora/). Name it: --workdir WORK")
     return root
+
+
+def header(
+    experiment: Experiment, corpus: str, tokens: Tokens, tokenizer: str, teacher: dict[str, str],
+    selection: dict[str, Any], how: Codec,
+) -> dict[str, Any]:  # fmt: skip
+    """What every shard of a targets folder says of itself, beside its own positions and counts.
+
+    Args:
+        tokenizer: its digest.
+        teacher: its name and digest.
+    """
+    masked = experiment.objective == "mlm"
+    return {
+        "teacher": teacher,
+        "corpus": {"name": corpus, "digest": tokens.digest},
+        "tokenizer": tokenizer,
+        "objective": experiment.objective,
+        "masking": experiment.masking.model_dump(mode="json") if masked else None,
+        "stream": {"seed": experiment.seed, "views": experiment.views, "sequences": len(tokens.train)},
+        "sequence_length": experiment.sequence_length,
+        "selection": selection,
+        "codec": how.header,
+    }
 
 
 def asked(header: dict[str, Any], root: Path) -> Asked:

@@ -28,7 +28,6 @@ NAT = 256  # units of a scalar in a nat
 MINUS_INFINITY = -(1 << 15)  # the scalar that says so
 CACHED = 1 << 15  # entries quantised at once, so that they stay in the cache
 LEVEL = 1  # of zstd: the planes hold no repetitions worth a search, only skewed bytes
-BLOCK = zstandard.COMPRESSOBJ_FLUSH_BLOCK
 VALUES = ("log-probability", "count")
 KEYS = {"vocabulary", "k", "values", "quantum", "scalars"}
 
@@ -411,10 +410,9 @@ def compressor() -> zstandard.ZstdCompressor:
     )
 
 
-def compress(zstd: zstandard.ZstdCompressor, parts: list[bytes]) -> bytes:
-    """One standard zstd frame, each part in blocks of its own: bytes of different skew need different codes."""
+def compress(zstd: zstandard.ZstdCompressor, parts: list[bytes]) -> list[bytes]:
+    """One standard zstd frame, in pieces: each part in blocks of its own, since bytes of different skew need different
+    codes; then the end."""
     stream = zstd.compressobj(size=sum(map(len, parts)))
-    pieces = []
-    for part in parts:
-        pieces += [stream.compress(part), stream.flush(BLOCK)]
-    return b"".join([*pieces, stream.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH)])
+    pieces = [stream.compress(part) + stream.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK) for part in parts]
+    return [*pieces, stream.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH)]

@@ -286,9 +286,7 @@ def _block(
     place: str, rows: dict[str, Any] | None, order: np.ndarray, digests: np.ndarray, ends: np.ndarray, how: Codec
 ) -> Block:
     if rows is None:
-        nothing = np.zeros((0, how.k))
-        planes, distortion_n = how.pack(nothing.astype(np.int64), nothing, {name: np.zeros(0) for name in how.scalars})
-        return pack_block(how, planes, ends, digests, distortion_n)
+        return pack_block(how, how.empty(0), ends, digests, np.zeros(0, np.float32))
     lengths = rows["ids lengths"]
     if not np.array_equal(lengths, rows["logprobs lengths"]):
         raise UserError(f"{place}: ids and logprobs differ in length")

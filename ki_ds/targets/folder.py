@@ -9,6 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,7 @@ from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.shard import Raw, Shard, shard_name
 from ki_ds.targets.source import Place, Source, join, names
 
+ASIDE = "aside"  # where `repair` keeps damaged shards
 MOST_SHARDS = 1 << 24
 SHARD_NAME = re.compile(r"targets-(\d{9,15})-(\d{9,15})\.kit")
 THREADS = 8  # of reads that wait for a server at the same time
@@ -161,6 +163,14 @@ def _joined(parts: list[tuple[Shard, list[Raw]]]) -> list[tuple[Shard, list[Raw]
         else:
             joined.append((shard, frames))
     return joined
+
+
+def finish(
+    folder: Path, identity: sealed.Identity, positions: int, per_shard: int, header: dict[str, Any]
+) -> sealed.Manifest:
+    """Seal a targets folder whose shards are all there."""
+    facts = {"positions": positions, "positions_per_shard": per_shard, "header": header}
+    return sealed.seal(folder, identity, facts, leave_out=(ASIDE,), synced="*.kit")
 
 
 def read_facts(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:

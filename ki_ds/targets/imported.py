@@ -8,15 +8,14 @@ from pathlib import Path
 from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment
 from ki_ds.progress import Progress
-from ki_ds.sealed import Identity, file_digest, prepare, read_unsealed, reopen, seal, state
+from ki_ds.sealed import Identity, file_digest, prepare, read_unsealed, reopen, state
 from ki_ds.targets import codec
-from ki_ds.targets.asked import Asked
+from ki_ds.targets.asked import Asked, header
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.exchange import Answers, blocks
-from ki_ds.targets.folder import open_folder
+from ki_ds.targets.folder import finish, open_folder
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import Block, check_bound, shard_name, write_shard
-from ki_ds.targets.verify import ASIDE
 
 
 def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experiment, corpus: str, name: str) -> int:
@@ -34,19 +33,10 @@ def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experim
     scalars = ("first", *(("truth",) if answers.truth else ()), "tail@1")
     how = Codec(size, longest, codec.quantum(experiment.target_distortion.mean), scalars=scalars)
     digests = {"answers": file_digest(path), f"corpora/{corpus}": asked.tokens.digest}
-    header = {
-        "teacher": {"name": name, "digest": digests["answers"]},
-        "corpus": {"name": corpus, "digest": asked.tokens.digest},
-        "tokenizer": asked.tokenizer.digest,
-        "objective": experiment.objective,
-        "masking": experiment.masking.model_dump(mode="json") if experiment.objective == "mlm" else None,
-        "stream": {"seed": experiment.seed, "views": experiment.views, "sequences": len(asked.tokens.train)},
-        "sequence_length": experiment.sequence_length,
-        "selection": selection.record,
-        "codec": how.header,
-    }  # fmt: skip
+    teacher = {"name": name, "digest": digests["answers"]}
+    said = header(experiment, corpus, asked.tokens, asked.tokenizer.digest, teacher, selection.record, how)
     per_shard = experiment.positions_per_shard
-    identity = Identity("teach", {**header, "positions_per_shard": per_shard}, digests)
+    identity = Identity("teach", {**said, "positions_per_shard": per_shard}, digests)
     if state(folder) == "unsealed" and "answers" in read_unsealed(folder)["inputs"]:
         shutil.rmtree(folder)  # of an import that failed: answers may have been corrected since
     if state(folder, identity) == "sealed" and open_folder(folder).missing():
@@ -59,7 +49,7 @@ def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experim
     def flush() -> None:
         nonlocal done, waiting
         check_bound(waiting, experiment.target_distortion, how, f"{path}: positions from {done} on")
-        write_shard(folder / shard_name(done, done + len(waiting)), how, header, done, waiting)
+        write_shard(folder / shard_name(done, done + len(waiting)), how, said, done, waiting)
         done, waiting = done + len(waiting), []
 
     with Progress(f"import {path.name}", None, "positions") as progress:
@@ -72,6 +62,5 @@ def make(folder: Path, path: Path, asked: Asked, every: int, experiment: Experim
             flush()
     if not done:
         raise UserError(f"{path}: has no rows")
-    facts = {"positions": done, "positions_per_shard": per_shard, "header": header}
-    seal(folder, identity, facts, leave_out=(ASIDE,), synced="*.kit")
+    finish(folder, identity, done, per_shard, said)
     return done

@@ -13,7 +13,7 @@ from ki_ds.targets import codec
 from ki_ds.targets.asked import Asked
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder
-from ki_ds.targets.shard import MOST_SLOTS
+from ki_ds.targets.shard import INDEX, MOST_SLOTS
 
 SAMPLE = 256  # positions that statistics are taken from
 PARTS = (
@@ -44,10 +44,10 @@ def statistics(shards: ShardFolder) -> dict[str, Any]:
     names = [*PARTS[:4], *(PARTS[4:5] if planes.high_nK is not None else ()), PARTS[5]]
     total = 0
     for parts in how.encode(planes, ends):
-        stream = zstd.compressobj(size=sum(map(len, parts)))
-        for name, part in zip(names, parts, strict=True):
-            size[name] += len(stream.compress(part)) + len(stream.flush(codec.BLOCK))
-        total += len(codec.compress(zstd, parts)) + 40  # its entry in the index
+        pieces = [len(piece) for piece in codec.compress(zstd, parts)]
+        for name, piece in zip(names, pieces, strict=False):  # the last is the frame's end
+            size[name] += piece
+        total += sum(pieces) + INDEX.itemsize
     entries = int(planes.count_n.sum(dtype=np.int64))
     p = probabilities(how, planes)
     some = planes.count_n > 0

@@ -5,7 +5,7 @@ N positions, V vocabulary, K kept ids.
     top_k    the K most probable ids
     top_p    of these, the smallest set that reaches mass p
     sampled  ids drawn with replacement from softmax(z / τ), as counts: unbiased where the other two are not
-             (Anshumann et al. 2025, "Sparse logit sampling", section 4)
+             (Anshumann et al. 2025, "Sparse logit sampling")
 """
 
 from __future__ import annotations

@@ -76,7 +76,7 @@ def pack_block(how: Codec, planes: Planes, ends: np.ndarray, digests: np.ndarray
         checksum = xxhash.xxh3_64()
         for part in parts:
             checksum.update(part)
-        frames.append(codec.compress(zstd, parts))
+        frames.append(b"".join(codec.compress(zstd, parts)))
         index[place]["raw"], index[place]["checksum"] = sum(map(len, parts)), checksum.intdigest()
     index["compressed"] = [len(frame) for frame in frames]
     index["rows"] = np.diff(ends, prepend=0)

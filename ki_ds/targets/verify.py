@@ -13,10 +13,8 @@ import numpy as np
 from ki_ds.errors import UserError
 from ki_ds.targets.asked import Asked
 from ki_ds.targets.codec import FINE, NAT, Codec, Planes
-from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.folder import ASIDE, ShardFolder
 from ki_ds.targets.shard import Damaged, Raw, Shard
-
-ASIDE = "aside"  # where repair keeps damaged shards
 
 
 @dataclass(frozen=True)
