@@ -7,13 +7,13 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ki_ds.kernels.choice import choose
 from ki_ds.kernels.chunked import ki_loss_chunked
+from ki_ds.kernels.logits import PLAIN, Logits, head
 from ki_ds.kernels.packed import PackedTargets
-from ki_ds.kernels.reference import KILoss, ki_loss_reference
+from ki_ds.kernels.reference import KILoss, Rows, ki_loss_reference
 
-__all__ = ["KILoss", "PackedTargets", "ki_loss"]
-
-_IMPLEMENTATIONS = {"reference": ki_loss_reference, "chunked": ki_loss_chunked}
+__all__ = ["KILoss", "Logits", "PackedTargets", "ki_loss"]
 
 
 def ki_loss(
@@ -24,35 +24,57 @@ def ki_loss(
     targets: PackedTargets | None = None,
     alpha_N: Tensor | None = None,
     temperature: float = 1.0,
-    impl: Literal["auto", "reference", "chunked"] = "auto",
+    *,
+    weights_N: Tensor | None = None,
+    vocabulary: int | None = None,
+    logits: Logits = PLAIN,
+    impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
 ) -> KILoss:
-    """Σ_n (1 - α_n) CE_n + α_n τ² KL(teacher_n(τ) ‖ student_n(τ)), with its gradient (equations 1 to 4).
+    """Σ_n w_n [(1 - α_n) CE_n + α_n τ² KL(teacher_n(τ) ‖ student_n(τ))], with its gradient (equations 1 to 4).
 
     Args:
         hidden_ND: what the language-model head is applied to, one row a target position.
-        weight_VD, bias_V: the head; the bias may be None.
+        weight_VD, bias_V: the head, in the hidden states' type; the bias may be None.
         labels_N: int64, the true token; a negative label leaves the row out.
         targets: the teacher's packed predictions for the same rows; None where no row has a teacher.
-        alpha_N: α of each row; None counts as 0. Rows without a target (count 0) count as α = 0.
+        alpha_N: α of each row; None counts as 0. Rows without a target (count 0) count as α = 0. Where α is 0 no
+            target is read.
         temperature: τ, for teacher and student alike.
-        impl: `auto` takes `chunked`.
+        weights_N: w of each row; None counts as 1. α and w are given, not learned: they get no gradient.
+        vocabulary: rows of the head that belong to a token; those behind are padding. None: all.
+        logits: scale and soft cap between the head's product and the softmax.
+        impl: `auto` takes `triton` on a GPU, where it can, and `chunked` elsewhere.
 
     Returns:
-        Sums over the rows, in nats; `loss` alone is differentiable.
+        Sums over the rows, by weight, in nats; `loss` alone is differentiable.
 
     Raises:
-        ValueError: the shapes do not fit together, or the temperature is not positive.
+        ValueError: the shapes or types do not fit together, the temperature is not positive, or the implementation
+            cannot run here.
     """
     rows = hidden_ND.shape[0]
-    for name, found in (("labels", labels_N), ("alpha", alpha_N), ("targets", targets)):
+    given = {"labels": labels_N, "alpha": alpha_N, "weights": weights_N, "targets": targets}
+    for name, found in given.items():
         if found is not None and len(found) != rows:
             raise ValueError(f"{name} has {len(found)} rows, hidden states {rows}")
     if hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"hidden size {hidden_ND.shape[1]}, but the head takes {weight_VD.shape[1]}")
-    if not temperature > 0:
+    for name, found in (("weight", weight_VD), ("bias", bias_V)):
+        if found is not None and found.dtype != hidden_ND.dtype:
+            raise ValueError(f"the head's {name} is {found.dtype}, the hidden states are {hidden_ND.dtype}")
+    if not 0 < temperature < float("inf"):
         raise ValueError(f"the temperature must be positive, got {temperature}")
-    if impl != "auto" and impl not in _IMPLEMENTATIONS:
-        raise ValueError(f"impl={impl!r}: expected auto, {', '.join(_IMPLEMENTATIONS)}")
-    function = _IMPLEMENTATIONS["chunked" if impl == "auto" else impl]
+    logits.check()
+    head(weight_VD, bias_V, vocabulary)
+    wide = torch.float64 if hidden_ND.dtype == torch.float64 else torch.float32
+    what = Rows.of(labels_N, targets, alpha_N, weights_N, wide)
+    arguments = (hidden_ND, weight_VD, bias_V, what, temperature, vocabulary, logits)
+    chosen = choose("ki_loss", impl, hidden_ND)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        return function(hidden_ND, weight_VD, bias_V, labels_N, targets, alpha_N, temperature)
+        if chosen == "reference":
+            return ki_loss_reference(*arguments)
+        if chosen == "triton":
+            from ki_ds.kernels.triton_loss import chunk_loss
+
+            return ki_loss_chunked(*arguments, chunk_loss)
+        return ki_loss_chunked(*arguments)

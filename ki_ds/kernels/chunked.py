@@ -2,39 +2,60 @@
 
 Definition and letters as in `reference.py`. The gradient of the logits is written over the chunk's own logits,
 
-    dloss/dz = (1 - α)(softmax(z) - onehot(label)) + α τ (softmax(z / τ) - scatter(p))          (τ² · 1/τ = τ)
+    dloss/dz = w [(1 - α)(softmax(z) - onehot(label)) + α τ (softmax(z / τ) - scatter(p))]          (τ² · 1/τ = τ)
 
 and, with a tail, softmax(z / τ)_v (1 - p_tail / Σ_{u not kept} softmax(z / τ)_u) for the ids v that are not kept,
 and reduced at once to the gradients of hidden states, weight and bias, all accumulated in fp32 (or wider), so that the
 backward pass only multiplies by the incoming scale. Reads fp16, bf16, fp32 or fp64; never writes its inputs.
+
+The driver is shared with the Triton kernels; `chunk_loss` is what torch alone makes of a chunk. There the kept ids are
+taken out of the logits first, so that what remains is summed without cancellation however sure the student is.
 """
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ki_ds.kernels.packed import PackedTargets
-from ki_ds.kernels.reference import KILoss, divergence, effective_alpha
+from ki_ds.kernels.logits import Logits, head
+from ki_ds.kernels.products import add_product
+from ki_ds.kernels.reference import KILoss, Rows, divergence
 
-CHUNK_BYTES = 32 << 20  # of one chunk's logits
+CHUNK_BYTES = 64 << 20  # of one chunk's logits, on the CPU
+CACHE_BYTES = 1 << 20  # of the logits that a core works on at a time
+LEAST_ROWS, MOST_ROWS = 1024, 4096  # of a chunk on a GPU: the weight gradient's traffic hides behind products
+ALIGNMENT = 16  # elements: rows of the logits begin where tensor cores and wide loads want them
+HALF_RANGE = 14  # gradients of the logits reach up to 2^14 in fp16, so that 38 bits are left below the largest
+
+# (product [n, V], rows, τ, logits, gain | None, with gradient?) -> [3] loss, ce, kl; the gradient ends in the product
+ChunkLoss = Callable[[Tensor, Rows, float, Logits, "Tensor | None", bool], Tensor]
+
+
+def chunk_rows(rows: int, hidden: int, vocabulary: int, itemsize: int, cuda: bool) -> int:
+    """Rows of a chunk. On a GPU about as many bytes of bf16 logits as the fp32 weight gradient has."""
+    most = min(max(2 * hidden, LEAST_ROWS), MOST_ROWS) if cuda else max(CHUNK_BYTES // (vocabulary * itemsize), 16)
+    return max(math.ceil(rows / max(math.ceil(rows / most), 1)), 1)  # chunks of equal size
 
 
 def ki_loss_chunked(
     hidden_ND: Tensor,
     weight_VD: Tensor,
     bias_V: Tensor | None,
-    labels_N: Tensor,
-    targets: PackedTargets | None,
-    alpha_N: Tensor | None,
+    rows: Rows,
     temperature: float,
+    vocabulary: int | None,
+    logits: Logits,
+    chunk_loss: ChunkLoss | None = None,
 ) -> KILoss:
     """Chunk by chunk; arguments as in `ki_ds.kernels.ki_loss`."""
     differentiate = torch.is_grad_enabled()  # inside `forward` it is always off
-    return KILoss(*_Chunked.apply(hidden_ND, weight_VD, bias_V, labels_N, targets, alpha_N, temperature, differentiate))
+    how = (rows, temperature, vocabulary, logits, chunk_loss or eager_chunk_loss, differentiate)
+    return KILoss(*_Chunked.apply(hidden_ND, weight_VD, bias_V, *how))
 
 
 class _Chunked(torch.autograd.Function):
@@ -44,94 +65,172 @@ class _Chunked(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        labels: Tensor,
-        targets: PackedTargets | None,
-        alpha: Tensor | None,
+        rows: Rows,
         temperature: float,
+        vocabulary: int | None,
+        logits: Logits,
+        chunk_loss: ChunkLoss,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        rows = max(CHUNK_BYTES // (weight.shape[0] * wide.itemsize), 16)
-        wanted = [differentiate and needed for needed in ctx.needs_input_grad]
-        grad_hidden = torch.zeros_like(hidden, dtype=wide) if wanted[0] else None
-        grad_weight = torch.zeros_like(weight, dtype=wide) if wanted[1] else None
-        grad_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and wanted[2] else None
-        effective = effective_alpha(labels, targets, alpha, wide)
-        ce, kl, loss = (torch.zeros((), dtype=wide, device=hidden.device) for _ in range(3))
-        for start in range(0, hidden.shape[0], rows):
-            here = slice(start, start + rows)
-            # products in the inputs' own dtype (tensor cores), everything after them in fp32
-            logits = torch.nn.functional.linear(hidden[here], weight, bias).to(wide)
-            part = None if targets is None or alpha is None else targets.rows(here)
-            chunk = _chunk(logits, labels[here], part, effective[here], temperature, any(wanted[:3]))
-            loss, ce, kl = loss + chunk[0], ce + chunk[1], kl + chunk[2]
-            if any(wanted[:3]):
-                gradient = logits.to(hidden.dtype)  # `logits` now holds the gradient
-                if grad_hidden is not None:
-                    grad_hidden[here] = gradient @ weight
-                if grad_weight is not None:
-                    grad_weight += gradient.T @ hidden[here]
-                if grad_bias is not None:
-                    grad_bias += logits.sum(dim=0)
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias)
+        wide = rows.weights_N.dtype
+        used, used_bias = head(weight, bias, vocabulary)
+        wanted = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
+        grad_hidden, grad_weight, grad_bias = (
+            torch.empty(x.shape, dtype=wide, device=x.device) if x is not None and want else None
+            for x, want in zip((hidden, weight, bias), wanted, strict=True)
+        )
+        for gradient in (grad_weight, grad_bias):
+            if gradient is not None:  # padding rows, or all where there is no chunk
+                gradient[len(used) if len(hidden) else 0 :] = 0
+        gain = half_gain(rows, temperature, logits) if hidden.dtype == torch.float16 and any(wanted) else None
+        size = chunk_rows(*hidden.shape, len(used), wide.itemsize, hidden.is_cuda)
+        stride = math.ceil(len(used) / ALIGNMENT) * ALIGNMENT
+        buffer = hidden.new_empty(min(size, len(hidden)), stride)[:, : len(used)]
+        sums = torch.zeros(3, dtype=wide, device=hidden.device)
+        for start in range(0, len(hidden), size):
+            part = hidden[start : start + size]
+            product = buffer[: len(part)]
+            if used_bias is None:
+                torch.mm(part, used.T, out=product)
+            else:
+                torch.addmm(used_bias, part, used.T, out=product)
+            here = slice(start, start + len(part))
+            sums += chunk_loss(product, rows.part(here), temperature, logits, gain, any(wanted))
+            # `product` now holds the gradient
+            if grad_hidden is not None:
+                add_product(grad_hidden[here], product, used, first=True)
+            if grad_weight is not None:
+                add_product(grad_weight[: len(used)], product.T, part, first=start == 0)
+            if grad_bias is not None:
+                total = product.sum(dim=0, dtype=wide)
+                grad_bias[: len(used)] = total if start == 0 else grad_bias[: len(used)] + total
+        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gain)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+        loss, ce, kl = sums.unbind()
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
+        *gradients, gain = ctx.saved_tensors
+        scale = grad_loss if gain is None else grad_loss / gain
         scaled = [
-            None if gradient is None else (gradient * grad_loss).to(dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if x is None else torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
+            for x, dtype in zip(gradients, ctx.dtypes, strict=True)
         ]
-        return (*scaled, None, None, None, None, None)
+        return (*scaled, None, None, None, None, None, None)
 
 
-def _chunk(
-    logits: Tensor, labels: Tensor, targets: PackedTargets | None, alpha: Tensor, temperature: float, gradient: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss, ce, kl) of a chunk; with `gradient`, `logits` is overwritten by dloss/dlogits."""
-    labelled = labels >= 0
+def half_gain(rows: Rows, temperature: float, logits: Logits) -> Tensor:
+    """The power of two that brings the logits' gradients into the range of fp16, whatever the loss scale is later."""
+    largest = rows.weights_N.abs().amax() if len(rows.weights_N) else rows.weights_N.new_ones(())
+    bound = (largest * max(temperature, 1.0) * logits.scale).clamp(min=2.0**-40)
+    return torch.exp2(HALF_RANGE - torch.ceil(torch.log2(bound)))
+
+
+def eager_chunk_loss(
+    product: Tensor, rows: Rows, temperature: float, form: Logits, gain: Tensor | None, gradient: bool
+) -> Tensor:
+    """[3]: the sums of loss, CE and KL over a chunk; with `gradient`, dloss/dproduct · gain overwrites the product."""
+    labels, weights, alpha, targets = rows
+    logits = form.of(product.to(weights.dtype))
+    slope = form.slope(logits) if gradient else None
+    factor = (1.0 if form.cap else form.scale) * (1.0 if gain is None else gain)
+    push, pull = weights * (1 - alpha) * factor, weights * alpha * (temperature * factor)
     index = labels.clamp(min=0)[:, None]
-    lse = logits.logsumexp(dim=1)
-    ce_N = torch.where(labelled, lse - logits.gather(1, index).squeeze(1), 0)
-    taught = torch.nonzero(alpha > 0).squeeze(1) if targets is not None else alpha.new_empty(0, dtype=torch.int64)
-    kl_N = torch.zeros_like(ce_N)
-    pull = None
-    if targets is not None and len(taught):
-        every = len(taught) == len(labels)
-        scaled = (logits if every else logits[taught]) / temperature
-        kept, ids = targets.kept()[taught], targets.ids()[taught]
-        logp_all, tail_all = targets.log_probabilities(temperature, logits.dtype)
-        logp = logp_all[taught]
-        p = torch.where(kept, logp.exp(), 0)
-        lse_scaled = scaled.logsumexp(dim=1)
-        logq = scaled.gather(1, ids) - lse_scaled[:, None]
+    label_logit = logits.gather(1, index).squeeze(1)
+    if targets is None:
+        lse = _sum_out(logits, push, gradient)
+        kl = torch.zeros_like(lse)
+    else:
+        kept, ids = targets.kept() & (alpha > 0)[:, None], targets.ids()
+        logp, tail = targets.log_probabilities(temperature, logits.dtype)
+        z = logits.gather(1, ids).masked_fill_(~kept, -torch.inf)
+        # where an entry does not hold, nothing is added to the id 0 that it points at
+        logits.scatter_add_(1, ids, torch.zeros_like(z).masked_fill_(kept, -torch.inf))
+        lse_z, lse_z_t = z.logsumexp(dim=1), (z / temperature).logsumexp(dim=1)
+        lse, lse_t, rest_t = _sums_out(logits, lse_z, lse_z_t, push, pull, tail, temperature, gradient)
+        logq = z / temperature - lse_t[:, None]
         kl = divergence(logp, logq, kept)
-        if tail_all is not None:
-            tail = tail_all[taught]
-            # an entry that does not hold points at id 0, which may not be kept: it points at a kept one instead
-            scaled.scatter_(1, torch.where(kept, ids, ids[:, :1]), -torch.inf)
-            # in logarithms: what a sure student leaves to the other ids is 0 in fp32, its logarithm is not
-            lse_rest = scaled.logsumexp(dim=1)
-            rest = lse_rest - lse_scaled
-            kl = kl + divergence(tail, rest, torch.isfinite(tail))
-            if gradient:
-                # Σ_{u not kept} q_u - p_tail, shared out by softmax over these ids; where all are kept, exp(-inf) = 0
-                pull = scaled.sub_(lse_rest.clamp(min=torch.finfo(rest.dtype).min)[:, None]).exp_()
-                pull *= (rest.exp() - tail.exp())[:, None]
-                pull.scatter_add_(1, ids, torch.where(kept, logq.exp() - p, 0))
-        elif gradient:
-            pull = scaled.sub_(lse_scaled[:, None]).exp_().scatter_add_(1, ids, -p)
-        kl_N[taught] = kl
-        if pull is not None:
-            pull *= (alpha[taught] * temperature)[:, None]
-    loss = ((1 - alpha) * ce_N + alpha * temperature**2 * kl_N).sum()
+        if tail is not None:
+            kl += divergence(tail, rest_t - lse_t, torch.isfinite(tail))
+        kl *= alpha > 0
+        if gradient:
+            at_kept = push[:, None] * (z - lse[:, None]).exp() + pull[:, None] * (logq.exp() - logp.exp())
+            logits.scatter_add_(1, ids, at_kept.masked_fill_(~kept, 0))
     if gradient:
-        push = torch.where(labelled, 1 - alpha, 0)
-        logits.sub_(lse[:, None]).exp_().mul_(push[:, None])
         logits.scatter_add_(1, index, -push[:, None])
-        if pull is not None:
-            logits.index_add_(0, taught, pull)
-    return loss, ce_N.sum(), kl_N.sum()
+        product.copy_(logits if slope is None else logits.mul_(slope))
+    ce = torch.where(labels >= 0, lse - label_logit, 0)
+    each = weights * torch.stack([(1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl])
+    return each.sum(dim=1)
+
+
+def _blocks(logits: Tensor) -> list[slice]:
+    """Runs of rows that the caches hold from one operation to the next."""
+    size = max(CACHE_BYTES * torch.get_num_threads() // (logits.shape[1] * logits.itemsize), 1)
+    return [slice(start, start + size) for start in range(0, len(logits), size)]
+
+
+def _sum_out(logits: Tensor, push: Tensor, gradient: bool) -> Tensor:
+    """[n] log-sum-exp of the rows; with `gradient`, push · softmax overwrites them."""
+    lse = torch.empty_like(push)
+    for here in _blocks(logits):
+        block = logits[here]
+        top = block.amax(dim=1, keepdim=True)
+        total = block.sub_(top).exp_().sum(dim=1)
+        lse[here] = top.squeeze(1) + total.log()
+        if gradient:
+            block *= (push[here] / total)[:, None]
+    return lse
+
+
+def _sums_out(
+    logits: Tensor,
+    lse_kept: Tensor,
+    lse_kept_t: Tensor,
+    push: Tensor,
+    pull: Tensor,
+    tail: Tensor | None,
+    temperature: float,
+    gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Log-sum-exps [n] at 1 and at τ of whole rows, and at τ of the ids that are not kept, whose logits are given.
+
+    With `gradient`, push · softmax(z) + pull · softmax(z / τ) · (1 - p_tail / rest) overwrites these logits.
+    """
+    lowest = torch.finfo(logits.dtype).min
+    lse, lse_t, rest_t = (torch.empty_like(push) for _ in range(3))
+    blocks = _blocks(logits)
+    scratch = torch.empty_like(logits[blocks[0]]) if temperature != 1 else logits
+    for here in blocks:
+        block = logits[here]  # at 1
+        other = scratch[: len(block)] if temperature != 1 else block  # at τ
+        top = block.amax(dim=1).clamp_(min=lowest)  # finite where every id is kept
+        block -= top[:, None]
+        if temperature == 2:  # the square of an exponential is cheaper than another one
+            other = block.mul_(0.5).exp_()
+            total = torch.linalg.vecdot(block, block)
+        else:
+            if temperature != 1:
+                torch.mul(block, 1 / temperature, out=other).exp_()
+            total = block.exp_().sum(dim=1)
+        total_t = other.sum(dim=1)
+        rest_t[here] = rest = top / temperature + total_t.log()
+        lse[here] = torch.logaddexp(top + total.log(), lse_kept[here])
+        lse_t[here] = torch.logaddexp(rest, lse_kept_t[here])
+        if not gradient:
+            continue
+        share = (rest - lse_t[here]).exp()  # of the student's probability
+        if tail is not None:
+            share -= tail[here].exp()
+        a = (push[here] * (top - lse[here]).exp())[:, None]
+        b = torch.where(total_t > 0, pull[here] * share / total_t, 0)[:, None]
+        if temperature == 1:
+            block *= a + b
+        elif temperature == 2:
+            block *= torch.mul(block, a, out=scratch[: len(block)]).add_(b)
+        else:
+            block.mul_(a).add_(other.mul_(b))
+    return lse, lse_t, rest_t

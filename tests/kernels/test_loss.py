@@ -193,7 +193,7 @@ def test_a_student_that_leaves_the_other_ids_no_probability_in_fp32_still_hears_
     logits[0, ids[0].long()] += gap
     hidden = logits.requires_grad_()
     label, alpha, head = torch.tensor([7]), torch.ones(1), torch.eye(50)
-    result = ki_loss(hidden, head, None, label, targets, alpha, temperature, impl)
+    result = ki_loss(hidden, head, None, label, targets, alpha, temperature, impl=impl)
     (gradient,) = torch.autograd.grad(result.loss, [hidden])
     logq = (logits.detach().double() / temperature).log_softmax(1)[0]
     kept = ids[0].long()
@@ -292,7 +292,7 @@ def test_student_equal_to_teacher_has_no_divergence_and_no_pull(impl, kept):
     targets = PackedTargets(ids, None, values, torch.tensor([kept], dtype=torch.int32), QUANTUM, tail)
     weight = torch.cat([-QUANTUM * values[0].double(), others])[:, None].requires_grad_()
     hidden = torch.ones(1, 1, dtype=torch.float64)
-    result = ki_loss(hidden, weight, None, torch.tensor([3]), targets, torch.ones(1).double(), 2.0, impl)
+    result = ki_loss(hidden, weight, None, torch.tensor([3]), targets, torch.ones(1).double(), 2.0, impl=impl)
     (gradient,) = torch.autograd.grad(result.loss, [weight])
     tolerance = 1e-12 if tail is None else 1e-7  # the tail is held in fp32
     assert abs(result.kl) < tolerance and gradient.abs().max() < tolerance
