@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.errors import UserError, nearest, reason
-from ki_ds.kernels import KILoss, PackedTargets, ki_loss
+from ki_ds.kernels import PLAIN, KILoss, Logits, PackedTargets, ki_loss
+from ki_ds.kernels.logits import head
 
 # layers, hidden size, heads, feed-forward size (Qin et al. 2022, table 5)
 SIZES = {
@@ -234,17 +235,16 @@ def load_model(source: str | Path, objective: str, place: str, dropout: float = 
 class Head(nn.Module):
     """The loss on the language-model head; it holds the (often tied) parameters, so that ZeRO-3 gathers them for it."""
 
-    def __init__(self, linear: nn.Linear, vocabulary: int):
+    def __init__(self, linear: nn.Linear, vocabulary: int, logits: Logits = PLAIN):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.vocabulary = vocabulary  # rows beyond it are padding that no token belongs to
+        self.logits = logits
 
     def parameters_VD(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias without padding rows."""
-        padded = self.weight.shape[0] > self.vocabulary
-        bias = self.bias[: self.vocabulary] if padded and self.bias is not None else self.bias
-        return (self.weight[: self.vocabulary] if padded else self.weight), bias
+        return head(self.weight, self.bias, self.vocabulary)
 
     def forward(
         self,
@@ -255,8 +255,10 @@ class Head(nn.Module):
         temperature: float,
     ) -> KILoss:
         """The loss sums over the rows."""
-        weight, bias = self.parameters_VD()
-        return ki_loss(hidden_ND.to(weight.dtype), weight, bias, labels_N, targets, alpha_N, temperature)
+        return ki_loss(
+            hidden_ND.to(self.weight.dtype), self.weight, self.bias, labels_N, targets, alpha_N, temperature,
+            vocabulary=self.vocabulary, logits=self.logits,
+        )  # fmt: skip
 
 
 class LanguageModel(nn.Module):
@@ -266,7 +268,8 @@ class LanguageModel(nn.Module):
         """Take the head out of a model.
 
         Raises:
-            UserError: the model's logits are not a linear map of hidden states, or the head has too few rows.
+            UserError: the model's logits are not a linear map of hidden states, scaled and capped at most, or the head
+                has too few rows.
         """
         super().__init__()
         linear = model.get_output_embeddings()
@@ -280,36 +283,45 @@ class LanguageModel(nn.Module):
         self._parent, self._name = _holder(model, linear)
         training = model.training
         model.eval()
-        if not self._plain(model, linear):
+        self._catch = _Catch()
+        logits = self._logits(model, linear)
+        if logits is None:
             setattr(self._parent[0], self._name, linear)
             raise UserError(
-                f"{place}: {type(model).__name__} changes its logits after the head (soft-capping, a logit scale or "
-                "a bias of its own), which is not supported"
+                f"{place}: {type(model).__name__} changes its logits after the head by more than a scale and a "
+                "soft cap (a bias of its own, say), which is not supported"
             )
         model.train(training)
         self.backbone = model
-        self.head = Head(linear, vocabulary)
+        self.head = Head(linear, vocabulary, logits)
         self._linear = (linear,)  # a tuple hides it from the module tree: its parameters belong to the head
 
     @torch.no_grad()
-    def _plain(self, model: Any, linear: nn.Linear) -> bool:
-        """Whether the model returns what its head gives, as it is; the head is taken out for it."""
+    def _logits(self, model: Any, linear: nn.Linear) -> Logits | None:
+        """What the model makes of its head's product, found by trial; None: something else. The head is taken out."""
         probe = torch.arange(2, device=linear.weight.device)[None, :]
         standin = _StandIn(linear.weight.shape[0])
         setattr(self._parent[0], self._name, standin)
-        logits = model(input_ids=probe, use_cache=False).logits
-        if standin.given is None or not torch.equal(logits, standin.logits(standin.given)):
-            return False
+        found = model(input_ids=probe, use_cache=False).logits
+        if standin.given is None:
+            return None
+        product = standin.logits(standin.given)
+        if not torch.equal(found, product):
+            fitting = [form for form in _forms(model.config) if torch.allclose(found, form.of(product), rtol=1e-5)]
+            setattr(self._parent[0], self._name, self._catch)
+            return fitting[0] if fitting else None
         setattr(self._parent[0], self._name, nn.Identity())
         try:
             hidden = model(input_ids=probe, use_cache=False).logits
         except RuntimeError:  # sizes that do not fit: something as large as the vocabulary comes after the head
-            return False
-        return hidden.shape == standin.given.shape and torch.allclose(hidden, standin.given)
+            return None
+        return PLAIN if hidden.shape == standin.given.shape and torch.allclose(hidden, standin.given) else None
 
     def hidden(self, input_ids_BS: Tensor, rows: Tensor) -> Tensor:
         """[N, D]: what the head is applied to, at the given indices of the flattened [B · S]."""
         hidden_BSD = self.backbone(input_ids=input_ids_BS, use_cache=False).logits
+        if self.head.logits != PLAIN:  # what the model scaled and capped is not the hidden states
+            hidden_BSD, self._catch.given = self._catch.given, None
         return hidden_BSD.flatten(0, 1)[rows]
 
     def forward(
@@ -330,6 +342,30 @@ class LanguageModel(nn.Module):
         linear.weight, linear.bias = self.head.weight, self.head.bias  # an engine may have put others in their place
         setattr(self._parent[0], self._name, linear)
         return self.backbone
+
+
+class _Catch(nn.Module):
+    """In a head's place: keeps the hidden states, and returns next to nothing for the model to scale and cap."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: Any = None
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.given = hidden
+        return hidden[..., :1]
+
+
+def _forms(config: Any) -> list[Logits]:
+    """What a model may make of its head's product, by the names that transformers' configurations have for it."""
+
+    def numbers(*names: str) -> list[float]:
+        found = (getattr(config, name, None) for name in names)
+        return [float(x) for x in found if isinstance(x, (int, float)) and x > 0]
+
+    scales = numbers("logit_scale", "logits_scaling", "lm_head_multiplier")
+    caps = numbers("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return [Logits(scale, cap) for cap in (0.0, *caps) for scale in (1.0, *scales, *(1 / x for x in scales))]
 
 
 class _StandIn(nn.Module):

@@ -11,6 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 from ki_ds import models
 from ki_ds.corpus.tokenizer import expected
 from ki_ds.errors import UserError
+from ki_ds.kernels import Logits
 from ki_ds.models import LanguageModel
 
 VOCABULARY, LENGTH = 64, 12
@@ -414,19 +415,50 @@ def test_head_that_is_too_small():
         LanguageModel(kind_of("gpt2"), 65, "models.x")
 
 
-@pytest.mark.parametrize(
-    ("kind", "more"),
-    [
-        ("gemma2", {"num_key_value_heads": 1, "head_dim": 8}),  # soft-capping hardly changes small logits
-        ("cohere", {"num_key_value_heads": 1, "logit_scale": 0.5}),
-        ("granite", {"num_key_value_heads": 1, "logits_scaling": 8.0}),
-    ],
-)
-def test_logits_changed_after_the_head_are_refused(kind, more):
-    config = tiny_config(kind, "clm", **more)
-    model = models.new_model(config, "clm", 0)
+CHANGED = {
+    "gemma2": ({"num_key_value_heads": 1, "head_dim": 8, "final_logit_softcapping": 5.0}, Logits(cap=5.0)),
+    "cohere": ({"num_key_value_heads": 1, "logit_scale": 0.5}, Logits(0.5)),
+    "granite": ({"num_key_value_heads": 1, "logits_scaling": 8.0}, Logits(1 / 8)),
+}
+
+
+@pytest.mark.parametrize("vocabulary", [VOCABULARY, 50])
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+def test_logits_that_are_scaled_or_capped_after_the_head(kind, vocabulary):
+    """Loss and gradients are those of the model's own logits, and the model comes back whole."""
+    more, form = CHANGED[kind]
+    model = models.new_model(tiny_config(kind, "clm", **more), "clm", 0).double()
+    with torch.no_grad():
+        model.get_output_embeddings().weight *= 100  # into the cap's reach
+    plain = copy.deepcopy(model)
+    ids, rows, labels = batch(vocabulary=vocabulary)
+    before = plain(input_ids=ids).logits
+    wanted = nn.functional.cross_entropy(before.flatten(0, 1)[rows][:, :vocabulary], labels, reduction="sum")
+    wanted.backward()
+    taken = LanguageModel(model, vocabulary)
+    assert taken.head.logits == form
+    result = taken(ids, rows, labels)
+    torch.testing.assert_close(result.loss, wanted, rtol=1e-6, atol=0)  # a model may cap in fp32
+    result.loss.backward()
+    whole = taken.whole()
+    for (name, found), true in zip(whole.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(found.grad, true.grad, rtol=1e-4, atol=1e-6, msg=name)
+    assert torch.equal(whole(input_ids=ids).logits, before)
+
+
+def test_hidden_states_are_not_held_between_steps():
+    more, _ = CHANGED["gemma2"]
+    taken = LanguageModel(models.new_model(tiny_config("gemma2", "clm", **more), "clm", 0), VOCABULARY)
+    assert taken.hidden(*batch()[:2]).shape == (13, 16)
+    assert [name for name, x in vars(taken._catch).items() if isinstance(x, torch.Tensor)] == []
+
+
+def test_another_change_of_the_logits_after_the_head_is_refused(monkeypatch):
+    more, _ = CHANGED["cohere"]
+    model = models.new_model(tiny_config("cohere", "clm", **more), "clm", 0)
     ids, _, _ = batch()
     before = model(input_ids=ids).logits
+    monkeypatch.setattr(model.config, "logit_scale", 0.25)  # while the model itself goes by 0.5
     with pytest.raises(UserError, match=r"models\.x: \w+ changes its logits after the head"):
         LanguageModel(model, VOCABULARY, "models.x")
     assert torch.equal(model(input_ids=ids).logits, before)  # left whole

@@ -13,7 +13,7 @@ from ki_ds.kernels.logits import PLAIN, Logits, head
 from ki_ds.kernels.packed import PackedTargets
 from ki_ds.kernels.reference import KILoss, Rows, ki_loss_reference
 
-__all__ = ["KILoss", "Logits", "PackedTargets", "ki_loss"]
+__all__ = ["PLAIN", "KILoss", "Logits", "PackedTargets", "ki_loss"]
 
 
 def ki_loss(

@@ -36,10 +36,13 @@ HALF_RANGE = 14  # gradients of the logits reach up to 2^14 in fp16, so that 38 
 ChunkLoss = Callable[[Tensor, Rows, float, Logits, "Tensor | None", bool], Tensor]
 
 
-def chunk_rows(rows: int, hidden: int, vocabulary: int, itemsize: int, cuda: bool) -> int:
-    """Rows of a chunk. On a GPU about as many bytes of bf16 logits as the fp32 weight gradient has."""
-    most = min(max(2 * hidden, LEAST_ROWS), MOST_ROWS) if cuda else max(CHUNK_BYTES // (vocabulary * itemsize), 16)
-    return max(math.ceil(rows / max(math.ceil(rows / most), 1)), 1)  # chunks of equal size
+def chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
+    """Rows of a chunk, all chunks about equal. On a GPU as many bytes of bf16 logits as the fp32 weight gradient has."""
+    if hidden.is_cuda:
+        most = min(max(2 * hidden.shape[1], LEAST_ROWS), MOST_ROWS)
+    else:
+        most = max(CHUNK_BYTES // (vocabulary * max(hidden.itemsize, 4)), 16)
+    return max(math.ceil(rows / max(math.ceil(rows / most), 1)), 1)
 
 
 def ki_loss_chunked(
@@ -83,7 +86,7 @@ class _Chunked(torch.autograd.Function):
             if gradient is not None:  # padding rows, or all where there is no chunk
                 gradient[len(used) if len(hidden) else 0 :] = 0
         gain = half_gain(rows, temperature, logits) if hidden.dtype == torch.float16 and any(wanted) else None
-        size = chunk_rows(*hidden.shape, len(used), wide.itemsize, hidden.is_cuda)
+        size = chunk_rows(len(hidden), len(used), hidden)
         stride = math.ceil(len(used) / ALIGNMENT) * ALIGNMENT
         buffer = hidden.new_empty(min(size, len(hidden)), stride)[:, : len(used)]
         sums = torch.zeros(3, dtype=wide, device=hidden.device)
