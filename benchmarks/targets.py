@@ -30,11 +30,11 @@ import torch
 import zstandard
 from tabulate import tabulate
 
+from ki_ds.kernels.select import Selected, select
 from ki_ds.sealed import versions
 from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.folder import ShardFolder
-from ki_ds.targets.select import Selected, select
 from ki_ds.targets.selection import Selection, scalar_names
 from ki_ds.targets.shard import pack_block, shard_name, write_shard
 

@@ -254,9 +254,12 @@ class Head(nn.Module):
         alpha_N: Tensor | None,
         temperature: float,
     ) -> KILoss:
-        """The loss sums over the rows."""
+        """The loss sums over the rows; its products in autocast's type, as those of the model's other layers."""
+        device = hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else self.weight.dtype
+        weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         return ki_loss(
-            hidden_ND.to(self.weight.dtype), self.weight, self.bias, labels_N, targets, alpha_N, temperature,
+            hidden_ND.to(dtype), weight, bias, labels_N, targets, alpha_N, temperature,
             vocabulary=self.vocabulary, logits=self.logits,
         )  # fmt: skip
 
@@ -282,16 +285,19 @@ class LanguageModel(nn.Module):
             )
         self._parent, self._name = _holder(model, linear)
         training = model.training
-        model.eval()
         self._catch = _Catch()
-        logits = self._logits(model, linear)
+        logits = None
+        try:
+            logits = self._logits(model.eval(), linear)
+        finally:
+            model.train(training)
+            if logits is None:
+                setattr(self._parent[0], self._name, linear)
         if logits is None:
-            setattr(self._parent[0], self._name, linear)
             raise UserError(
                 f"{place}: {type(model).__name__} changes its logits after the head by more than a scale and a "
                 "soft cap (a bias of its own, say), which is not supported"
             )
-        model.train(training)
         self.backbone = model
         self.head = Head(linear, vocabulary, logits)
         self._linear = (linear,)  # a tuple hides it from the module tree: its parameters belong to the head

@@ -25,18 +25,17 @@ from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
 from ki_ds.experiment import Distortion
+from ki_ds.kernels.select import Predictions, select_targets
 from ki_ds.models import LanguageModel
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state
-from ki_ds.targets.codec import Codec
+from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder, finish
-from ki_ds.targets.select import Selected, select
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import Block, check_bound, pack_block, write_shard
 
 MICRO_BATCH = 16  # sequences
-LOGIT_BYTES = 64 << 20  # of fp32 logits at once
-ENCODERS = 4  # threads that pack and compress while the teacher computes on
+ENCODERS = 4  # threads that encode and compress while the teacher computes on
 
 
 @dataclass(frozen=True)
@@ -123,37 +122,34 @@ def inference_engine(lesson: Lesson, device: torch.device) -> Any:
     import deepspeed
 
     model = LanguageModel(lesson.load().eval(), lesson.codec.vocabulary, lesson.teacher_name)
-    predictor = Predictor(model, lesson.selection, lesson.codec.temperatures).to(device)
+    predictor = Predictor(model, lesson.selection, lesson.codec).to(device)
     return deepspeed.init_inference(predictor, dtype=torch.float32, replace_with_kernel_inject=False)
 
 
 class Predictor(nn.Module):
     """What a teacher says at given positions."""
 
-    def __init__(self, model: LanguageModel, selection: Selection, temperatures: tuple[float, ...]):
+    def __init__(self, model: LanguageModel, selection: Selection, codec: Codec):
         super().__init__()
-        self.model, self.selection, self.temperatures = model, selection, temperatures
+        self.model, self.selection, self.codec = model, selection, codec
 
-    def forward(self, input_ids_BS: Tensor, rows_N: Tensor, labels_N: Tensor, uniforms_NK: Tensor | None) -> Selected:
+    def forward(
+        self, input_ids_BS: Tensor, rows_N: Tensor, labels_N: Tensor, uniforms_NK: Tensor | None
+    ) -> Predictions:
         """What is kept at N rows of the flattened input; a bounded number of logits at a time."""
         hidden_ND = self.model.hidden(input_ids_BS, rows_N)
-        weight, bias = self.model.head.parameters_VD()
-        size = max(LOGIT_BYTES // (4 * weight.shape[0]), 1)
-        parts: list[Selected] = []
-        for start in range(0, max(len(hidden_ND), 1), size):
-            here = slice(start, start + size)
-            logits = torch.nn.functional.linear(hidden_ND[here], weight, bias)
-            uniforms = None if uniforms_NK is None else uniforms_NK[here]
-            parts.append(select(logits, labels_N[here], self.selection, self.temperatures, uniforms))
-        scalars = {name: torch.cat([part.scalars[name] for part in parts]) for name in parts[0].scalars}
-        return Selected(torch.cat([p.ids_NK for p in parts]), torch.cat([p.given_NK for p in parts]), scalars)
+        head, codec = self.model.head, self.codec
+        return select_targets(
+            hidden_ND, head.weight, head.bias, labels_N, self.selection, codec.quantum, codec.temperatures, uniforms_NK,
+            vocabulary=head.vocabulary, logits=head.logits,
+        )  # fmt: skip
 
 
 @torch.inference_mode()
 def compute(
     engine: Any, lesson: Lesson, positions: np.ndarray, device: torch.device, progress: Progress
 ) -> list[Block]:
-    """The frames of the given positions; packed in threads while the teacher goes on.
+    """The frames of the given positions; compressed in threads while the teacher goes on.
 
     Raises:
         UserError: the teacher's prediction is not finite.
@@ -175,9 +171,8 @@ def compute(
                     f"models.{lesson.teacher_name}: a prediction is not finite at stream position "
                     f"{positions[begin]} of its corpus; the teacher's weights are broken"
                 )
-            scalars = {name: x.cpu().numpy() for name, x in found.scalars.items()}
-            ids, given = found.ids_NK.to(torch.int32).cpu().numpy(), found.given_NK.cpu().numpy()
-            waiting.append(encoders.submit(_pack, lesson, ids, given, scalars, view))
+            planes, distortion_n = on_host(found, lesson.codec), found.distortion_N.cpu().numpy()
+            waiting.append(encoders.submit(_pack, lesson, planes, distortion_n, view))
             if len(waiting) > ENCODERS:
                 blocks.append(waiting.popleft().result())
             progress.advance(len(sequences))
@@ -185,8 +180,15 @@ def compute(
     return blocks
 
 
-def _pack(lesson: Lesson, ids: np.ndarray, given: np.ndarray, scalars: dict[str, np.ndarray], view: View) -> Block:
-    planes, distortion_n = lesson.codec.pack(ids, given, scalars)
+def on_host(found: Predictions, how: Codec) -> Planes:
+    """Predictions as they are stored."""
+    ids, values, count = (x.cpu().numpy() for x in (found.ids_NK, found.values_NK, found.count_N))
+    high = None if found.high_NK is None else found.high_NK.cpu().numpy()
+    scalars = how.store({name: x.cpu().numpy() for name, x in found.scalars.items()}, len(ids))
+    return Planes(ids.view(np.uint16), high, values, count.astype(np.uint16), scalars)
+
+
+def _pack(lesson: Lesson, planes: Planes, distortion_n: np.ndarray, view: View) -> Block:
     ends = np.cumsum(view.targets_BS.sum(axis=1))
     return pack_block(lesson.codec, planes, ends, lesson.viewer.digests(view), distortion_n)
 

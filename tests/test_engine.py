@@ -152,9 +152,9 @@ def test_validation_computes_no_gradient():
     from ki_ds.kernels import chunked
 
     seen = []
-    original = chunked._chunk
+    original = chunked.eager_chunk_loss
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chunked, "_chunk", lambda *given: seen.append(given[-1]) or original(*given))
+        patch.setattr(chunked, "eager_chunk_loss", lambda *given: seen.append(given[-1]) or original(*given))
         one = new_engine(0)
         with torch.no_grad():
             one.deepspeed(*batch(0)[0].to(torch.device("cpu")), 1.0)
@@ -259,12 +259,12 @@ def test_no_shard_and_no_kl_beyond_the_last_teacher_step(monkeypatch):
     inherit = Inherit.model_validate({"from": {"a": "t"}, "teacher_steps": 3})
     assert [train.alpha(inherit, t, 20) > 0 for t in range(5)] == [True] * 3 + [False] * 2
     seen = []
-    original = chunked._chunk
+    original = chunked.eager_chunk_loss
 
-    def watch(logits, labels, targets, *rest):
-        seen.append(targets)
-        return original(logits, labels, targets, *rest)
+    def watch(product, rows, *rest):
+        seen.append(rows.targets)
+        return original(product, rows, *rest)
 
-    monkeypatch.setattr(chunked, "_chunk", watch)
+    monkeypatch.setattr(chunked, "eager_chunk_loss", watch)
     step(new_engine(0), 0)
     assert seen == [None, None]

@@ -1,4 +1,4 @@
-"""The knowledge-inheritance loss: one public function, several implementations with the same numbers."""
+"""The loss and the teacher's side: a public function each, in several implementations with the same numbers."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from ki_ds.kernels.chunked import ki_loss_chunked
 from ki_ds.kernels.logits import PLAIN, Logits, head
 from ki_ds.kernels.packed import PackedTargets
 from ki_ds.kernels.reference import KILoss, Rows, ki_loss_reference
+from ki_ds.kernels.select import Predictions, select_targets
 
-__all__ = ["PLAIN", "KILoss", "Logits", "PackedTargets", "ki_loss"]
+__all__ = ["PLAIN", "KILoss", "Logits", "PackedTargets", "Predictions", "ki_loss", "select_targets"]
 
 
 def ki_loss(
@@ -37,8 +38,8 @@ def ki_loss(
         weight_VD, bias_V: the head, in the hidden states' type; the bias may be None.
         labels_N: int64, the true token; a negative label leaves the row out.
         targets: the teacher's packed predictions for the same rows; None where no row has a teacher.
-        alpha_N: α of each row; None counts as 0. Rows without a target (count 0) count as α = 0. Where α is 0 no
-            target is read.
+        alpha_N: α of each row, 0 to 1; None counts as 0. Rows without a target (count 0) count as α = 0. Where α
+            is 0 no target is read.
         temperature: τ, for teacher and student alike.
         weights_N: w of each row; None counts as 1. α and w are given, not learned: they get no gradient.
         vocabulary: rows of the head that belong to a token; those behind are padding. None: all.
@@ -53,10 +54,13 @@ def ki_loss(
             cannot run here.
     """
     rows = hidden_ND.shape[0]
-    given = {"labels": labels_N, "alpha": alpha_N, "weights": weights_N, "targets": targets}
-    for name, found in given.items():
-        if found is not None and len(found) != rows:
-            raise ValueError(f"{name} has {len(found)} rows, hidden states {rows}")
+    for name, found in (("labels", labels_N), ("alpha", alpha_N), ("weights", weights_N)):
+        if found is not None and found.shape != (rows,):
+            raise ValueError(f"{name} of shape {tuple(found.shape)}; expected ({rows},), one for each hidden state")
+    if labels_N.dtype != torch.int64:
+        raise ValueError(f"labels are {labels_N.dtype}; expected torch.int64")
+    if targets is not None:
+        targets.check(rows)
     if hidden_ND.shape[1] != weight_VD.shape[1]:
         raise ValueError(f"hidden size {hidden_ND.shape[1]}, but the head takes {weight_VD.shape[1]}")
     for name, found in (("weight", weight_VD), ("bias", bias_V)):

@@ -19,12 +19,17 @@ def without_triton(hidden: Tensor) -> str | None:
     """Why the Triton kernels cannot run on such a tensor; None where they can."""
     if hidden.dtype not in TRITON_DTYPES:
         return f"they compute in float32, the hidden states are {str(hidden.dtype).removeprefix('torch.')}"
-    if importlib.util.find_spec("triton") is None:
+    if not _installed():
         return 'triton is not installed (pip install "ki_ds[gpu]")'
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not hidden.is_cuda and not interpreted:
         return f"they run on CUDA devices, the hidden states are on {hidden.device.type} (or set TRITON_INTERPRET=1)"
     return None
+
+
+@cache
+def _installed() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def choose(function: str, impl: str, hidden: Tensor, known: Collection[str] = IMPLEMENTATIONS) -> str:

@@ -20,16 +20,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ki_ds.kernels.logits import Logits, head
+from ki_ds.kernels.logits import ALIGNMENT, Logits, head, logits_buffer, multiply
 from ki_ds.kernels.products import add_product
 from ki_ds.kernels.reference import KILoss, Rows, divergence
 
 CHUNK_BYTES = 64 << 20  # of one chunk's logits, on the CPU
 CACHE_BYTES = 1 << 20  # of the logits that a core works on at a time
 LEAST_ROWS, MOST_ROWS = 1024, 4096  # of a chunk on a GPU: the weight gradient's traffic hides behind products
-ALIGNMENT = 16  # elements: rows of the logits begin where tensor cores and wide loads want them
 HALF_RANGE = 14  # gradients of the logits reach up to 2^14 in fp16, so that 38 bits are left below the largest
 
 # (product [n, V], rows, τ, logits, gain | None, with gradient?) -> [3] loss, ce, kl; the gradient ends in the product
@@ -37,12 +35,14 @@ ChunkLoss = Callable[[Tensor, Rows, float, Logits, "Tensor | None", bool], Tenso
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
-    """Rows of a chunk, all chunks about equal. On a GPU as many bytes of bf16 logits as the fp32 weight gradient has."""
+    """Rows of a chunk, all chunks about equal. On a GPU as many bytes of bf16 logits as the fp32 weight gradient has;
+    and what belongs to a chunk's rows is as aligned as the whole, since Triton compiles anew for another alignment."""
     if hidden.is_cuda:
         most = min(max(2 * hidden.shape[1], LEAST_ROWS), MOST_ROWS)
     else:
         most = max(CHUNK_BYTES // (vocabulary * max(hidden.itemsize, 4)), 16)
-    return max(math.ceil(rows / max(math.ceil(rows / most), 1)), 1)
+    size = max(math.ceil(rows / max(math.ceil(rows / most), 1)), 1)
+    return math.ceil(size / ALIGNMENT) * ALIGNMENT if hidden.is_cuda else size
 
 
 def ki_loss_chunked(
@@ -87,16 +87,12 @@ class _Chunked(torch.autograd.Function):
                 gradient[len(used) if len(hidden) else 0 :] = 0
         gain = half_gain(rows, temperature, logits) if hidden.dtype == torch.float16 and any(wanted) else None
         size = chunk_rows(len(hidden), len(used), hidden)
-        stride = math.ceil(len(used) / ALIGNMENT) * ALIGNMENT
-        buffer = hidden.new_empty(min(size, len(hidden)), stride)[:, : len(used)]
+        buffer = logits_buffer(min(size, len(hidden)), len(used), hidden)
         sums = torch.zeros(3, dtype=wide, device=hidden.device)
         for start in range(0, len(hidden), size):
             part = hidden[start : start + size]
             product = buffer[: len(part)]
-            if used_bias is None:
-                torch.mm(part, used.T, out=product)
-            else:
-                torch.addmm(used_bias, part, used.T, out=product)
+            multiply(part, used, used_bias, product)
             here = slice(start, start + len(part))
             sums += chunk_loss(product, rows.part(here), temperature, logits, gain, any(wanted))
             # `product` now holds the gradient
@@ -109,13 +105,14 @@ class _Chunked(torch.autograd.Function):
                 grad_bias[: len(used)] = total if start == 0 else grad_bias[: len(used)] + total
         ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gain)
         ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
-        loss, ce, kl = sums.unbind()
+        loss, ce, kl = (x.clone() for x in sums)  # a view could not be changed in place
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # create_graph: what comes out would count as constant
+            raise RuntimeError('ki_loss has no second derivative here; impl="reference" has')
         *gradients, gain = ctx.saved_tensors
         scale = grad_loss if gain is None else grad_loss / gain
         scaled = [
@@ -144,7 +141,7 @@ def eager_chunk_loss(
     index = labels.clamp(min=0)[:, None]
     label_logit = logits.gather(1, index).squeeze(1)
     if targets is None:
-        lse = _sum_out(logits, push, gradient)
+        most, lse = _sum_out(logits, push, gradient)
         kl = torch.zeros_like(lse)
     else:
         kept, ids = targets.kept() & (alpha > 0)[:, None], targets.ids()
@@ -152,8 +149,8 @@ def eager_chunk_loss(
         z = logits.gather(1, ids).masked_fill_(~kept, -torch.inf)
         # where an entry does not hold, nothing is added to the id 0 that it points at
         logits.scatter_add_(1, ids, torch.zeros_like(z).masked_fill_(kept, -torch.inf))
-        lse_z, lse_z_t = z.logsumexp(dim=1), (z / temperature).logsumexp(dim=1)
-        lse, lse_t, rest_t = _sums_out(logits, lse_z, lse_z_t, push, pull, tail, temperature, gradient)
+        most, lse, lse_t, rest_t = _sums_out(logits, z, push, pull, tail, temperature, gradient)
+        z -= most[:, None]
         logq = z / temperature - lse_t[:, None]
         kl = divergence(logp, logq, kept)
         if tail is not None:
@@ -165,7 +162,7 @@ def eager_chunk_loss(
     if gradient:
         logits.scatter_add_(1, index, -push[:, None])
         product.copy_(logits if slope is None else logits.mul_(slope))
-    ce = torch.where(labels >= 0, lse - label_logit, 0)
+    ce = torch.where(labels >= 0, (most - label_logit) + lse, 0)
     each = weights * torch.stack([(1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl])
     return each.sum(dim=1)
 
@@ -176,35 +173,38 @@ def _blocks(logits: Tensor) -> list[slice]:
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 
-def _sum_out(logits: Tensor, push: Tensor, gradient: bool) -> Tensor:
-    """[n] log-sum-exp of the rows; with `gradient`, push · softmax overwrites them."""
-    lse = torch.empty_like(push)
+def _sum_out(logits: Tensor, push: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """[n] the largest of the rows, and their log-sum-exp less that; with `gradient`, push · softmax overwrites them."""
+    most, lse = torch.empty_like(push), torch.empty_like(push)
     for here in _blocks(logits):
         block = logits[here]
         top = block.amax(dim=1, keepdim=True)
         total = block.sub_(top).exp_().sum(dim=1)
-        lse[here] = top.squeeze(1) + total.log()
+        most[here], lse[here] = top.squeeze(1), total.log()
         if gradient:
             block *= (push[here] / total)[:, None]
-    return lse
+    return most, lse
 
 
 def _sums_out(
     logits: Tensor,
-    lse_kept: Tensor,
-    lse_kept_t: Tensor,
+    z_kept: Tensor,
     push: Tensor,
     pull: Tensor,
     tail: Tensor | None,
     temperature: float,
     gradient: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exps [n] at 1 and at τ of whole rows, and at τ of the ids that are not kept, whose logits are given.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """[n] the largest logit; log-sum-exps at 1 and at τ of whole rows, and at τ of the ids that are not kept, all
+    relative to it, so that a row's common offset costs no digit. `logits` are those of the ids that are not kept.
 
     With `gradient`, push · softmax(z) + pull · softmax(z / τ) · (1 - p_tail / rest) overwrites these logits.
     """
     lowest = torch.finfo(logits.dtype).min
-    lse, lse_t, rest_t = (torch.empty_like(push) for _ in range(3))
+    most, lse, lse_t, rest_t = (torch.empty_like(push) for _ in range(4))
+    top_k = z_kept.amax(dim=1).clamp_(min=lowest)
+    z_kept = z_kept - top_k[:, None]
+    total_k, total_k_t = z_kept.exp().sum(dim=1), (z_kept / temperature).exp_().sum(dim=1)
     blocks = _blocks(logits)
     scratch = torch.empty_like(logits[blocks[0]]) if temperature != 1 else logits
     for here in blocks:
@@ -220,15 +220,17 @@ def _sums_out(
                 torch.mul(block, 1 / temperature, out=other).exp_()
             total = block.exp_().sum(dim=1)
         total_t = other.sum(dim=1)
-        rest_t[here] = rest = top / temperature + total_t.log()
-        lse[here] = torch.logaddexp(top + total.log(), lse_kept[here])
-        lse_t[here] = torch.logaddexp(rest, lse_kept_t[here])
+        most[here] = largest = torch.maximum(top, top_k[here])
+        down, down_k = top - largest, top_k[here] - largest
+        lse[here] = (total * down.exp() + total_k[here] * down_k.exp()).log()
+        lse_t[here] = (total_t * (down / temperature).exp() + total_k_t[here] * (down_k / temperature).exp()).log()
+        rest_t[here] = rest = down / temperature + total_t.log()
         if not gradient:
             continue
         share = (rest - lse_t[here]).exp()  # of the student's probability
         if tail is not None:
             share -= tail[here].exp()
-        a = (push[here] * (top - lse[here]).exp())[:, None]
+        a = (push[here] * (down - lse[here]).exp())[:, None]
         b = torch.where(total_t > 0, pull[here] * share / total_t, 0)[:, None]
         if temperature == 1:
             block *= a + b
@@ -236,4 +238,4 @@ def _sums_out(
             block *= torch.mul(block, a, out=scratch[: len(block)]).add_(b)
         else:
             block.mul_(a).add_(other.mul_(b))
-    return lse, lse_t, rest_t
+    return most, lse, lse_t, rest_t

@@ -5,6 +5,7 @@ N rows, D hidden size, V vocabulary.  z_NV = cap · tanh(scale · (hidden_ND · 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -31,13 +32,14 @@ class Logits(NamedTuple):
         """Check the numbers.
 
         Raises:
-            ValueError: a scale that is not positive, or a negative cap.
+            ValueError: a scale that is not positive, a negative cap, or an infinite one.
         """
-        if not self.scale > 0 or not self.cap >= 0:
-            raise ValueError(f"logits: expected a scale above 0 and a cap of 0 or more, found {self}")
+        if not 0 < self.scale < math.inf or not 0 <= self.cap < math.inf:
+            raise ValueError(f"logits: expected a finite scale above 0 and a finite cap of 0 or more, found {self}")
 
 
 PLAIN = Logits()
+ALIGNMENT = 16  # elements: rows of logits begin where tensor cores and wide loads want them
 
 
 def head(weight_VD: Tensor, bias_V: Tensor | None, vocabulary: int | None) -> tuple[Tensor, Tensor | None]:
@@ -51,3 +53,16 @@ def head(weight_VD: Tensor, bias_V: Tensor | None, vocabulary: int | None) -> tu
     if not 0 < vocabulary < weight_VD.shape[0]:
         raise ValueError(f"a vocabulary of {vocabulary}, but the head has {weight_VD.shape[0]} rows")
     return weight_VD[:vocabulary], None if bias_V is None else bias_V[:vocabulary]
+
+
+def logits_buffer(rows: int, vocabulary: int, like: Tensor) -> Tensor:
+    """[rows, vocabulary] without content; what lies between its rows belongs to nobody else."""
+    return like.new_empty(rows, math.ceil(vocabulary / ALIGNMENT) * ALIGNMENT)[:, :vocabulary]
+
+
+def multiply(hidden_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, product_NV: Tensor) -> None:
+    """The head's product into memory that is there."""
+    if bias_V is None:
+        torch.mm(hidden_ND, weight_VD.T, out=product_NV)
+    else:
+        torch.addmm(bias_V, hidden_ND, weight_VD.T, out=product_NV)

@@ -32,6 +32,21 @@ class PackedTargets:
     def __len__(self) -> int:
         return self.ids_NK.shape[0]
 
+    def check(self, rows: int) -> None:
+        """Check that all planes belong to so many rows of one length.
+
+        Raises:
+            ValueError: they do not.
+        """
+        planes = {"ids": self.ids_NK, "high": self.high_NK, "values": self.values_NK}
+        whole = (rows, *self.ids_NK.shape[1:2])
+        for name, found, expected in [
+            *((name, plane, whole) for name, plane in planes.items()),
+            *((name, column, (rows,)) for name, column in (("count", self.count_N), ("tail", self.tail_N))),
+        ]:
+            if found is not None and found.shape != expected:
+                raise ValueError(f"targets: {name} of shape {tuple(found.shape)}; expected {expected}")
+
     def rows(self, rows: slice) -> PackedTargets:
         """A run of rows, without copying."""
         high = None if self.high_NK is None else self.high_NK[rows]

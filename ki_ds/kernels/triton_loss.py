@@ -20,8 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ki_ds.kernels.chunked import ALIGNMENT
-from ki_ds.kernels.logits import Logits
+from ki_ds.kernels.logits import ALIGNMENT, Logits
 from ki_ds.kernels.packed import COARSE, FINE
 from ki_ds.kernels.reference import Rows
 
@@ -139,7 +138,7 @@ def ki_loss_rows(
     ce = 0.0
     kl = 0.0
     if w != 0:
-        # a label that is no token makes the loss not a number
+        # a label or an id that is no token makes the loss and the row's gradient not a number
         z_label = tl.load(row + label, mask=(label >= 0) & (label < vocabulary), other=float("nan")).to(tl.float32)
         z_label = _logits(z_label, scale, cap, CAP)
         factor = w
@@ -147,14 +146,14 @@ def ki_loss_rows(
             factor *= tl.load(gain_at)
         if not CAP:
             factor *= scale
-        push = factor * (1 - alpha)
+        push = tl.where(label < vocabulary, factor * (1 - alpha), float("nan"))
         if alpha > 0:
             pull = factor * alpha * temperature
             ids += n * stride_k
             high += n * stride_k
             values += n * stride_k
             kept_at += n * stride_k
-            count = tl.load(counts + n)
+            count = tl.minimum(tl.load(counts + n).to(tl.int32), stride_k)
             top_k = LOWEST  # of the kept ids' logits
             top_p = LOWEST  # of the teacher's log weights
             strange = 0  # ids that are no tokens
@@ -170,6 +169,8 @@ def ki_loss_rows(
             if TAIL:
                 tail = tl.load(tails + n)
                 top_p = tl.maximum(top_p, tail)
+            pull = tl.where(strange > 0, float("nan"), pull)
+            kl = tl.where(strange > 0, float("nan"), 0.0)
             tl.debug_barrier()  # all threads have read before any writes
             total_k = 0.0
             total_k_t = 0.0
@@ -187,18 +188,19 @@ def ki_loss_rows(
             top, total, total_t = _sums(row, padded, vocabulary, scale, cap, temperature, POWER, CAP, BLOCK)
             # the whole row's sums, of kept and other ids, relative to the larger of their largest logits
             most = tl.maximum(top, top_k)
-            lse = most + tl.log(total * tl.exp(top - most) + total_k * tl.exp(top_k - most))
-            down = tl.exp((top - most) / temperature)
-            lse_t = most / temperature + tl.log(total_t * down + total_k_t * tl.exp((top_k - most) / temperature))
+            down = top - most
+            down_k = top_k - most
+            lse = tl.log(total * tl.exp(down) + total_k * tl.exp(down_k))
+            lse_t = tl.log(total_t * tl.exp(down / temperature) + total_k_t * tl.exp(down_k / temperature))
             lse_p = top_p + tl.log(total_p)
-            rest = top / temperature + tl.log(total_t) - lse_t  # log of what the student gives the other ids
+            rest = down / temperature + tl.log(total_t) - lse_t  # log of what the student gives the other ids
             share = tl.exp(rest)
             if TAIL:
                 p_tail = tl.exp(tail - lse_p)
                 share -= p_tail
                 kl += tl.where(p_tail > 0, p_tail * (tail - lse_p - rest), 0.0)
             if GRADIENT:
-                a = push * tl.exp(top - lse)
+                a = push * tl.exp(down - lse)
                 b = tl.where(total_t > 0, pull * share / total_t, 0.0)
                 tl.debug_barrier()
                 _gradient(row, padded, vocabulary, scale, cap, temperature, top, a, b, push, label, POWER, CAP, BLOCK)
@@ -206,25 +208,23 @@ def ki_loss_rows(
             for first in range(0, count, BLOCK_K):
                 k, holds, token, weight = _kept(ids, high, values, first, count, quantum, temperature, HIGH, BLOCK_K)
                 z = _logits(tl.load(kept_at + k, mask=holds, other=float("-inf")), scale, cap, CAP)
-                logq = z / temperature - lse_t
+                logq = (z - most) / temperature - lse_t
                 p = tl.exp(weight - lse_p)
                 kl += tl.sum(tl.where(p > 0, p * (weight - lse_p - logq), 0.0), axis=0)
                 if GRADIENT:
-                    g = push * tl.exp(z - lse) + pull * (tl.exp(logq) - p)
+                    g = push * tl.exp(z - most - lse) + pull * (tl.exp(logq) - p)
                     g = tl.where(token == label, g - push, g)
                     if CAP:
                         g *= scale * (1 - (z / cap) * (z / cap))
                     tl.store(row + token, g.to(row.dtype.element_ty), mask=holds & (token < vocabulary))
-            if strange > 0:
-                kl = float("nan")
         else:
-            top, total, total_t = _sums(row, padded, vocabulary, scale, cap, temperature, 1, CAP, BLOCK)
-            lse = top + tl.log(total)
+            most, total, total_t = _sums(row, padded, vocabulary, scale, cap, temperature, 1, CAP, BLOCK)
+            lse = tl.log(total)
             if GRADIENT:
                 tl.debug_barrier()
                 a = push / total
-                _gradient(row, padded, vocabulary, scale, cap, temperature, top, a, 0.0, push, label, 1, CAP, BLOCK)
-        ce = w * (lse - z_label)
+                _gradient(row, padded, vocabulary, scale, cap, temperature, most, a, 0.0, push, label, 1, CAP, BLOCK)
+        ce = w * ((most - z_label) + lse)
         kl = w * kl
         loss = (1 - alpha) * ce + alpha * temperature * temperature * kl
     elif GRADIENT:
@@ -248,21 +248,23 @@ def chunk_loss(
     assert padded % ALIGNMENT == 0 and product.stride(1) == 1
     targets, device = rows.targets, product.device
     sums = torch.empty(3, count, device=device)
-    ids = high = values = counts = tails = kept_at = product  # where there are none, none is read
+    ids = high = values = counts = rows.labels_N  # where there are no targets none is read, but all is compiled
+    tails = kept_at = sums
     stride_k = 0
     if targets is not None:
         ids, values, counts = (x.contiguous() for x in (targets.ids_NK, targets.values_NK, targets.count_N))
         high = ids if targets.high_NK is None else targets.high_NK.contiguous()
-        tails = ids if targets.tail_N is None else targets.tail_N
+        tails = sums if targets.tail_N is None else targets.tail_N.float().contiguous()
         stride_k = ids.shape[1]
         kept_at = torch.empty(count, stride_k, device=device)
-    ki_loss_rows[(count,)](
-        product, padded, vocabulary, count, rows.labels_N.contiguous(), rows.weights_N, rows.alpha_N,
-        product if gain is None else gain, ids, high, values, counts, tails, stride_k, kept_at,
-        0.0 if targets is None else targets.quantum, temperature, form.scale, form.cap, sums,
-        TAUGHT=targets is not None, HIGH=targets is not None and targets.high_NK is not None,
-        TAIL=targets is not None and targets.tail_N is not None,
-        POWER=int(temperature) if temperature in (1, 2) else 0, CAP=form.cap > 0, GAIN=gain is not None,
-        GRADIENT=gradient, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=WARPS,
-    )  # fmt: skip
+    with torch.cuda.device_of(product):  # Triton launches on the current device
+        ki_loss_rows[(count,)](
+            product, padded, vocabulary, count, rows.labels_N.contiguous(), rows.weights_N, rows.alpha_N,
+            product if gain is None else gain, ids, high, values, counts, tails, stride_k, kept_at,
+            0.0 if targets is None else targets.quantum, temperature, form.scale, form.cap, sums,
+            TAUGHT=targets is not None, HIGH=targets is not None and targets.high_NK is not None,
+            TAIL=targets is not None and targets.tail_N is not None,
+            POWER=int(temperature) if temperature in (1, 2) else 0, CAP=form.cap > 0, GAIN=gain is not None,
+            GRADIENT=gradient, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=WARPS,
+        )  # fmt: skip
     return sums.sum(dim=1)

@@ -143,7 +143,12 @@ class Codec:
         stored = planes.scalars_Sn[self.scalars.index(name)]
         return np.where(stored == MINUS_INFINITY, -np.inf, stored * np.float32(1 / NAT)).astype(np.float32)
 
-    def _scalars(self, given: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    def store(self, given: dict[str, np.ndarray], rows: int) -> np.ndarray:
+        """int16 [S, rows] of the codec's scalars, from float [rows] nats.
+
+        Raises:
+            ValueError: one is not a number.
+        """
         stored = np.empty((len(self.scalars), rows), np.int16)
         for name, into in zip(self.scalars, stored, strict=True):
             nats = np.asarray(given[name], np.float64)
@@ -201,7 +206,7 @@ class Codec:
             words[np.arange(words.shape[1]) >= count[:, None]] = 0
         if len(count) and int(count.max()) > self.k:
             raise ValueError(f"a row of {count.max()} entries, more than K = {self.k}")
-        return self._planes(words, count, self._scalars(scalars, len(words))), distortion_n
+        return self._planes(words, count, self.store(scalars, len(words))), distortion_n
 
     def _planes(self, words: np.ndarray, count: np.ndarray, scalars: np.ndarray) -> Planes:
         n, width = words.shape
