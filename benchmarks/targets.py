@@ -91,7 +91,7 @@ def synthetic(batches: int) -> tuple[int, Workload]:
 def trained(arguments: argparse.Namespace, batches: int) -> tuple[int, Workload]:
     """Workload (b): a teacher of an experiment over its corpus, as the teach stage sees it."""
     from ki_ds.graph import load_experiment
-    from ki_ds.models import LanguageModel
+    from ki_ds.language_model import LanguageModel
     from ki_ds.workspace import Workspace
 
     space = Workspace(load_experiment(arguments.experiment), arguments.experiment, arguments.workdir.absolute())

@@ -14,7 +14,7 @@ from ki_ds import distributed
 from ki_ds.batches import Plan
 from ki_ds.errors import UserError, nearest, reason
 from ki_ds.experiment import Train
-from ki_ds.models import LanguageModel
+from ki_ds.language_model import LanguageModel
 from ki_ds.sealed import remedy, sync, write_atomically
 
 WRITE_FAILED = ("PytorchStreamWriter", "file write failed", "No space left")  # how torch says that a disk is full

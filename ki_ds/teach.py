@@ -26,7 +26,7 @@ from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
 from ki_ds.experiment import Distortion
 from ki_ds.kernels.select import Predictions, select_targets
-from ki_ds.models import LanguageModel
+from ki_ds.language_model import LanguageModel
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state
 from ki_ds.targets.codec import Codec, Planes

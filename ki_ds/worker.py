@@ -18,7 +18,7 @@ from ki_ds.costs import training_facts
 from ki_ds.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.graph import Stage, stages
-from ki_ds.models import LanguageModel
+from ki_ds.language_model import LanguageModel
 from ki_ds.perplexity import perplexity, validate
 from ki_ds.progress import Progress, duration, finite, read_metrics, say
 from ki_ds.report import report

@@ -11,7 +11,7 @@ from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.experiment import Inherit, Train
-from ki_ds.models import LanguageModel
+from ki_ds.language_model import LanguageModel
 
 VOCABULARY, LENGTH = 300, 16
 STAGES = (0, 1, 2, 3)

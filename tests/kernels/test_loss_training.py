@@ -7,9 +7,9 @@ import pytest
 import torch
 from loss_problems import DEVICE, NEEDS_TRITON, problem
 
-from ki_ds import models
+from ki_ds import language_model, models
 from ki_ds.corpus.tokenizer import expected
-from ki_ds.models import LanguageModel
+from ki_ds.language_model import LanguageModel
 
 VOCABULARY, LENGTH, ROWS = 60, 10, 14
 # the interpreter computes in numpy, which warns of what stays behind a mask
@@ -42,8 +42,8 @@ def loss_and_gradients(model, seed=0):
 @pytest.fixture
 def run(monkeypatch):
     """Runs the models' loss by a named implementation."""
-    original = models.ki_loss
-    return lambda impl: monkeypatch.setattr(models, "ki_loss", functools.partial(original, impl=impl))
+    original = language_model.ki_loss
+    return lambda impl: monkeypatch.setattr(language_model, "ki_loss", functools.partial(original, impl=impl))
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -14,9 +14,9 @@ import torch
 from launching import environment
 from loss_problems import NEEDS_TRITON, problem
 
-from ki_ds import distributed, models
+from ki_ds import distributed, language_model, models
 from ki_ds.corpus.tokenizer import expected
-from ki_ds.models import LanguageModel
+from ki_ds.language_model import LanguageModel
 
 VOCABULARY, LENGTH, WORLD = 60, 10, 2
 CASES = [(True, "chunked"), (False, "chunked"), (True, "triton")]  # tied embeddings?, implementation
@@ -56,8 +56,8 @@ def by_one_of_two(tied, impl):
     import deepspeed
     from deepspeed.utils import safe_get_full_grad
 
-    original = models.ki_loss
-    models.ki_loss = functools.partial(original, impl=impl)
+    original = language_model.ki_loss
+    language_model.ki_loss = functools.partial(original, impl=impl)
     try:
         model = student(tied)
         config = {
@@ -83,7 +83,7 @@ def by_one_of_two(tied, impl):
         sums = distributed.all_sum(torch.stack([total, evaluated]))
         return {"loss": sums[0], "evaluated": sums[1], "gradients": found}
     finally:
-        models.ki_loss = original
+        language_model.ki_loss = original
 
 
 @pytest.fixture(scope="module")
