@@ -27,7 +27,7 @@ from ki_ds.kernels.reference import KILoss, Rows, divergence
 
 CHUNK_BYTES = 64 << 20  # of one chunk's logits, on the CPU
 CACHE_BYTES = 1 << 20  # of the logits that a core works on at a time
-LEAST_ROWS, MOST_ROWS = 1024, 4096  # of a chunk on a GPU: the weight gradient's traffic hides behind products
+LEAST_ROWS, MOST_ROWS = 2048, 4096  # of a chunk on a GPU: the weight gradient's traffic hides behind products
 HALF_RANGE = 14  # gradients of the logits reach up to 2^14 in fp16, so that 38 bits are left below the largest
 
 # (product [n, V], rows, τ, logits, gain | None, with gradient?) -> [3] loss, ce, kl; the gradient ends in the product
@@ -35,8 +35,8 @@ ChunkLoss = Callable[[Tensor, Rows, float, Logits, "Tensor | None", bool], Tenso
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
-    """Rows of a chunk, all chunks about equal. On a GPU as many bytes of bf16 logits as the fp32 weight gradient has;
-    and what belongs to a chunk's rows is as aligned as the whole, since Triton compiles anew for another alignment."""
+    """Rows of a chunk, all chunks about equal. On a GPU about as many bytes of bf16 logits as the fp32 weight gradient
+    has; and a chunk's rows begin as aligned as the whole's, since Triton compiles anew for another alignment."""
     if hidden.is_cuda:
         most = min(max(2 * hidden.shape[1], LEAST_ROWS), MOST_ROWS)
     else:

@@ -24,9 +24,10 @@ from ki_ds.kernels.logits import ALIGNMENT, Logits
 from ki_ds.kernels.packed import COARSE, FINE
 from ki_ds.kernels.reference import Rows
 
-BLOCK = 4096  # columns at a time
 BLOCK_K = 128  # kept ids at a time
-WARPS = 16  # with more programs on a processor the rows under way would not fit in the L2 cache
+# columns at a time, and warps: so many that the rows under way, read twice, fit in the L2 cache (300 KB a processor)
+NARROW, WIDE = (4096, 16), (8192, 32)
+WIDE_BYTES = 128 << 10  # a row's, from where on a processor has one program
 LOWEST = tl.constexpr(-3.0e38)  # a maximum over nothing, finite so that differences are numbers
 FINE_, STEP = tl.constexpr(FINE), tl.constexpr(COARSE - 1)
 
@@ -257,6 +258,7 @@ def chunk_loss(
         tails = sums if targets.tail_N is None else targets.tail_N.float().contiguous()
         stride_k = ids.shape[1]
         kept_at = torch.empty(count, stride_k, device=device)
+    block, warps = WIDE if padded * product.itemsize > WIDE_BYTES else NARROW
     with torch.cuda.device_of(product):  # Triton launches on the current device
         ki_loss_rows[(count,)](
             product, padded, vocabulary, count, rows.labels_N.contiguous(), rows.weights_N, rows.alpha_N,
@@ -265,6 +267,6 @@ def chunk_loss(
             TAUGHT=targets is not None, HIGH=targets is not None and targets.high_NK is not None,
             TAIL=targets is not None and targets.tail_N is not None,
             POWER=int(temperature) if temperature in (1, 2) else 0, CAP=form.cap > 0, GAIN=gain is not None,
-            GRADIENT=gradient, BLOCK=BLOCK, BLOCK_K=BLOCK_K, num_warps=WARPS,
+            GRADIENT=gradient, BLOCK=block, BLOCK_K=BLOCK_K, num_warps=warps,
         )  # fmt: skip
     return sums.sum(dim=1)
