@@ -307,7 +307,7 @@ def compiler(tmp_path_factory):
 @pytest.mark.parametrize("number", range(len(MAIN)), ids=[f"{v[0]}-sm{v[1]}" for v in MAIN])
 def test_compiles_without_spilling_and_with_wide_loads(compiler, number):
     found = compiler["compiled"][number]
-    allowed = 8 if MAIN[number][0] == "float32" else 0  # on sm_80 ptxas stops at 40 registers, one pointer too few
+    allowed = 16 if MAIN[number][0] == "float32" else 0  # on sm_80 ptxas stops at 40 registers, two pointers too few
     assert found["usage"]["LOCAL"] == 0 and found["usage"]["STACK"] <= allowed
     assert found["usage"]["REG"] <= 64  # two programs of 16 warps on a processor
     assert found["shared"] <= 1024
