@@ -39,9 +39,9 @@ def choose(function: str, impl: str, hidden: Tensor, known: Collection[str] = IM
         ValueError: no such implementation, or it cannot run here.
     """
     if impl == "auto":
-        chosen = "triton" if hidden.is_cuda and without_triton(hidden) is None else "chunked"
-        _say(function, chosen, without_triton(hidden))
-        return chosen
+        reason = without_triton(hidden) if hidden.is_cuda else "not on a GPU"
+        _say(function, reason, logging.WARNING if hidden.is_cuda and reason else logging.INFO)
+        return "chunked" if reason else "triton"
     if impl not in known:
         raise ValueError(f"{function}: impl={impl!r}: expected auto, {', '.join(known)}")
     if impl == "triton" and (reason := without_triton(hidden)) is not None:
@@ -50,7 +50,7 @@ def choose(function: str, impl: str, hidden: Tensor, known: Collection[str] = IM
 
 
 @cache
-def _say(function: str, chosen: str, reason: str | None) -> None:
-    """Once for each choice."""
-    why = f" (no Triton kernels: {reason})" if chosen != "triton" and reason is not None else ""
-    logging.getLogger("ki_ds").info("%s runs the %s implementation%s", function, chosen, why)
+def _say(function: str, reason: str | None, level: int) -> None:
+    """Once for each choice; a GPU without the kernels made for it is worth a warning."""
+    chosen = "triton" if reason is None else f"chunked ({reason})"
+    logging.getLogger("ki_ds").log(level, "%s runs: %s", function, chosen)

@@ -168,8 +168,9 @@ def eager_chunk_loss(
 
 
 def _blocks(logits: Tensor) -> list[slice]:
-    """Runs of rows that the caches hold from one operation to the next."""
-    size = max(CACHE_BYTES * torch.get_num_threads() // (logits.shape[1] * logits.itemsize), 1)
+    """Runs of rows that a CPU's caches hold from one operation to the next."""
+    cached = CACHE_BYTES * torch.get_num_threads() // (logits.shape[1] * logits.itemsize)
+    size = max(len(logits) if logits.is_cuda else cached, 1)
     return [slice(start, start + size) for start in range(0, len(logits), size)]
 
 

@@ -50,7 +50,7 @@ class Rows(NamedTuple):
         """From the arguments of `ki_loss`; what does not count is not looked at and may hold anything."""
         labelled = labels_N >= 0
         weights = labelled.to(dtype) if weights_N is None else torch.where(labelled, weights_N.to(dtype), 0)
-        if targets is None or alpha_N is None:
+        if targets is None or alpha_N is None or not targets.ids_NK.shape[1]:
             return cls(labels_N, weights, torch.zeros_like(weights), None)
         alpha = torch.where(labelled & (targets.count_N > 0), alpha_N.to(dtype), 0)
         return cls(labels_N, weights, alpha, targets)

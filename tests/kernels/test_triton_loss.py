@@ -112,6 +112,16 @@ def test_one_kept_id_and_all(k, mode):
 
 
 @pytest.mark.parametrize("form", FORMS)
+def test_targets_of_no_columns_are_none(form):
+    inputs = problem(9, 4, 11, 3, 4, "tail", torch.float32, device=DEVICE, **FORMS[form])
+    empty = {name: x[:, :0] for name, x in vars(inputs["targets"]).items() if name.endswith("NK") and x is not None}
+    targets = replace(inputs["targets"], **empty, count_N=inputs["targets"].count_N * 0)
+    wanted = gradients("reference", inputs | {"targets": None, "alpha_N": None}, 2.0)
+    for impl in ("reference", "chunked", "triton"):
+        torch.testing.assert_close(gradients(impl, inputs | {"targets": targets}, 2.0), wanted)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_no_target_in_batch_is_plain_cross_entropy(form):
     inputs = problem(9, 4, 30, 3, 8, dtype=torch.float32, device=DEVICE, **FORMS[form])
     plain = inputs | {"targets": None, "alpha_N": None}
@@ -209,17 +219,25 @@ def test_a_machine_without_triton_is_told_what_to_install(monkeypatch):
     assert torch.isfinite(ki_loss(**inputs).loss)
 
 
-def test_auto_takes_chunks_on_a_cpu_and_says_so_once(monkeypatch, caplog):
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+def test_auto_takes_chunks_on_a_cpu_and_says_so_once(caplog):
     choice._say.cache_clear()
     inputs = problem(4, 4, 30, 3, 13, dtype=torch.float32)
     with caplog.at_level(logging.INFO, logger="ki_ds"):
         first, second = ki_loss(**inputs), ki_loss(**inputs)
-    said = [record.getMessage() for record in caplog.records]
-    assert len(said) == 1
-    assert "ki_loss runs the chunked implementation (no Triton kernels: they run on CUDA devices" in said[0]
+    assert [record.getMessage() for record in caplog.records] == ["ki_loss runs: chunked (not on a GPU)"]
     torch.testing.assert_close(first, second, rtol=0, atol=0)
     torch.testing.assert_close(first, ki_loss(**inputs, impl="chunked"), rtol=0, atol=0)
+
+
+def test_a_gpu_without_triton_is_worth_a_warning(monkeypatch, caplog):
+    choice._say.cache_clear()
+    on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.bfloat16)
+    assert choice.choose("ki_loss", "auto", on_gpu) == "triton"
+    assert not caplog.records
+    monkeypatch.setattr(choice, "_installed", lambda: False)
+    assert choice.choose("ki_loss", "auto", on_gpu) == "chunked"
+    assert "ki_loss runs: chunked (triton is not installed (pip install" in caplog.text
+    assert caplog.records[0].levelno == logging.WARNING
 
 
 # ------------------------------------------------------------------------------------------------------- compiling
