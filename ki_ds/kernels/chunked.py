@@ -8,7 +8,7 @@ and, with a tail, softmax(z / τ)_v (1 - p_tail / Σ_{u not kept} softmax(z / τ
 and reduced at once to the gradients of hidden states, weight and bias, all accumulated in fp32 (or wider), so that the
 backward pass only multiplies by the incoming scale. Reads fp16, bf16, fp32 or fp64; never writes its inputs.
 
-The driver is shared with the Triton kernels; `chunk_loss` is what torch alone makes of a chunk. There the kept ids are
+The driver is shared with the Triton kernels; `eager_chunk_loss` is what torch alone makes of a chunk. The kept ids are
 taken out of the logits first, so that what remains is summed without cancellation however sure the student is.
 """
 
