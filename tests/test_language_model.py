@@ -8,7 +8,7 @@ from small_models import KINDS, TINY, VOCABULARY, batch, kind_of, tiny_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMaskedLM
 
-from ki_ds import models
+from ki_ds import language_model, models
 from ki_ds.errors import UserError
 from ki_ds.kernels import Logits
 from ki_ds.language_model import LanguageModel
@@ -211,3 +211,22 @@ def test_bias_of_the_model_s_own_is_refused():
     )  # fmt: skip
     with pytest.raises(UserError, match="changes its logits"):
         LanguageModel(models.new_model(config, "mlm", 0), VOCABULARY)
+
+
+def test_autocast_reaches_the_head(monkeypatch):
+    """Its products run in autocast's type, its parameters and their gradients stay in theirs."""
+    seen = []
+    original = language_model.ki_loss
+    monkeypatch.setattr(
+        language_model,
+        "ki_loss",
+        lambda hidden, *given, **more: seen.append(hidden) or original(hidden, *given, **more),
+    )
+    taken = LanguageModel(kind_of("untied gpt2"), VOCABULARY)
+    plain = taken(*batch())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = taken(*batch())
+    assert [x.dtype for x in seen] == [torch.float32, torch.bfloat16]
+    torch.testing.assert_close(found.loss, plain.loss, rtol=2e-2, atol=0)
+    found.loss.backward()
+    assert taken.head.weight.grad.dtype == torch.float32 and taken.head.weight.grad.any()
