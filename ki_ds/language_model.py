@@ -110,7 +110,7 @@ class LanguageModel(nn.Module):
     def hidden(self, input_ids_BS: Tensor, rows: Tensor) -> Tensor:
         """[N, D]: what the head is applied to, at the given indices of the flattened [B · S]."""
         hidden_BSD = self.backbone(input_ids=input_ids_BS, use_cache=False).logits
-        if self.head.logits != PLAIN:  # what the model scaled and capped is not the hidden states
+        if getattr(self._parent[0], self._name) is self._catch:  # what the model made of them is not the hidden states
             hidden_BSD, self._catch.given = self._catch.given, None
         return hidden_BSD.flatten(0, 1)[rows]
 

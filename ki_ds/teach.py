@@ -152,7 +152,7 @@ def compute(
     """The frames of the given positions; compressed in threads while the teacher goes on.
 
     Raises:
-        UserError: the teacher's prediction is not finite.
+        UserError: the teacher's prediction is not a number.
     """
     blocks: list[Block] = []
     waiting: deque[Future[Block]] = deque()
@@ -166,9 +166,9 @@ def compute(
             drawn = uniforms(draw_key, sequences, views, rows, view, lesson.selection)
             arrays = (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64), drawn)
             found = engine(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
-            if not torch.isfinite(found.scalars["truth"]).all():
+            if torch.isnan(found.scalars["truth"]).any():
                 raise UserError(
-                    f"models.{lesson.teacher_name}: a prediction is not finite at stream position "
+                    f"models.{lesson.teacher_name}: a prediction is not a number at stream position "
                     f"{positions[begin]} of its corpus; the teacher's weights are broken"
                 )
             planes, distortion_n = on_host(found, lesson.codec), found.distortion_N.cpu().numpy()

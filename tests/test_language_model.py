@@ -188,6 +188,16 @@ def test_hidden_states_are_not_held_between_steps():
     assert [name for name, x in vars(taken._catch).items() if isinstance(x, torch.Tensor)] == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "more"), [("gemma2", {"final_logit_softcapping": 1e5}), ("granite", {"logits_scaling": 1.000001})]
+)
+def test_a_change_of_the_logits_that_is_hardly_one(kind, more):
+    model = models.new_model(tiny_config(kind, "clm", **(CHANGED[kind][0] | more)), "clm", 0)
+    ids, rows, labels = batch()
+    wanted = nn.functional.cross_entropy(model(input_ids=ids).logits.flatten(0, 1)[rows], labels, reduction="sum")
+    torch.testing.assert_close(LanguageModel(model, VOCABULARY)(ids, rows, labels).loss, wanted)
+
+
 def test_another_change_of_the_logits_after_the_head_is_refused(monkeypatch):
     more, _ = CHANGED["cohere"]
     model = models.new_model(tiny_config("cohere", "clm", **more), "clm", 0)
@@ -217,11 +227,12 @@ def test_autocast_reaches_the_head(monkeypatch):
     """Its products run in autocast's type, its parameters and their gradients stay in theirs."""
     seen = []
     original = language_model.ki_loss
-    monkeypatch.setattr(
-        language_model,
-        "ki_loss",
-        lambda hidden, *given, **more: seen.append(hidden) or original(hidden, *given, **more),
-    )
+
+    def watched(hidden, *given, **more):
+        seen.append(hidden)
+        return original(hidden, *given, **more)
+
+    monkeypatch.setattr(language_model, "ki_loss", watched)
     taken = LanguageModel(kind_of("untied gpt2"), VOCABULARY)
     plain = taken(*batch())
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -14,9 +14,9 @@ Computes in float32 (masses of top_p and cumulated masses of draws in float64), 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -90,7 +90,7 @@ def select_targets(
     """
     weight_VD, bias_V = head(weight_VD, bias_V, vocabulary)
     rows, vocabulary = len(hidden_ND), len(weight_VD)
-    _check(hidden_ND, weight_VD, labels_N, selection, quantum, uniforms_NK)
+    _check(hidden_ND, weight_VD, bias_V, labels_N, selection, quantum, temperatures, uniforms_NK)
     logits.check()
     impl = choose("select_targets", impl, hidden_ND)
     temperatures = sorted({1.0, *temperatures})
@@ -105,17 +105,31 @@ def select_targets(
             if impl == "triton" and selection.kind != "sampled":
                 parts.append(_select_triton(product_NV, labels, selection, temperatures, logits))
                 continue
-            cached = impl == "chunked" and not hidden_ND.is_cuda
-            for here in _slices(len(labels), CACHED_BYTES // (4 * vocabulary) if cached else len(labels)):
+            for here in _slices(len(labels), _eager_rows(impl, vocabulary, selection, hidden_ND)):
                 part, drawn = logits.of(product_NV[here].float()), None if uniforms is None else uniforms[here]
                 parts.append(select(part, labels[here], selection, temperatures, drawn))
         return pack(_joined(parts), min(selection.k, vocabulary), quantum, temperatures, vocabulary > 1 << 16)
 
 
 def _check(
-    hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, selection: Selection, quantum: float, uniforms_NK: Any
+    hidden_ND: Tensor,
+    weight_VD: Tensor,
+    bias_V: Tensor | None,
+    labels_N: Tensor,
+    selection: Selection,
+    quantum: float,
+    temperatures: Sequence[float],
+    uniforms_NK: Tensor | None,
 ) -> None:
     sampled = selection.kind == "sampled"
+    if selection.kind not in ("top_k", "top_p", "sampled"):
+        raise ValueError(f"a selection {selection.kind!r}; expected top_k, top_p or sampled")
+    if not all(0 < t < math.inf for t in (*temperatures, selection.temperature)):
+        raise ValueError(f"temperatures {[*temperatures, selection.temperature]}; expected finite ones above 0")
+    for name, found, shape in (("weight", weight_VD, weight_VD.shape), ("bias", bias_V, weight_VD.shape[:1])):
+        if found is not None and (found.dtype != hidden_ND.dtype or found.shape != shape or not len(found)):
+            expected = f"expected {hidden_ND.dtype}, the hidden states' type, and {tuple(shape)}, one row or more"
+            raise ValueError(f"the head's {name} is {found.dtype} of shape {tuple(found.shape)}; {expected}")
     if len(labels_N) != len(hidden_ND):
         raise ValueError(f"labels has {len(labels_N)} rows, hidden states {len(hidden_ND)}")
     if hidden_ND.shape[1] != weight_VD.shape[1]:
@@ -124,8 +138,17 @@ def _check(
         raise ValueError(f"a quantum of {quantum} nats for {selection.kind}: expected 0 for sampled, else up to 1")
     if selection.k < 1 or (sampled and selection.k > LARGEST):
         raise ValueError(f"{selection.kind}: k = {selection.k}; expected 1 or more, and at most {LARGEST} draws")
-    if sampled and (uniforms_NK is None or uniforms_NK.shape != (len(hidden_ND), selection.k)):
-        raise ValueError(f"sampled: expected uniforms of shape {(len(hidden_ND), selection.k)}")
+    drawn = (len(hidden_ND), selection.k)
+    if sampled and (uniforms_NK is None or uniforms_NK.shape != drawn or uniforms_NK.dtype != torch.float64):
+        raise ValueError(f"sampled: expected float64 uniforms of shape {drawn}")
+
+
+def _eager_rows(impl: str, vocabulary: int, selection: Selection, hidden_ND: Tensor) -> int:
+    """Rows of a chunk that torch selects from at once; each draw looks into a block of its own, in float64."""
+    if impl == "reference":
+        return len(hidden_ND)
+    width = max(vocabulary, 4 * BLOCK * selection.k) if selection.kind == "sampled" else vocabulary
+    return (LOGIT_BYTES[impl] if hidden_ND.is_cuda else CACHED_BYTES) // (4 * width)
 
 
 def _slices(rows: int, size: int) -> Iterator[slice]:

@@ -171,7 +171,7 @@ def largest(product_NV: Tensor, k: int, temperatures: Sequence[float], logits: L
     inverse = torch.tensor(
         [1 / t for t in temperatures] + [0.0] * (padded - len(temperatures)), device=product_NV.device
     )
-    room = max(LISTED, 4 * k)
+    room = min(max(LISTED, 4 * k), vocabulary)
     listed, ids = (product_NV.new_empty(rows, n, dtype=torch.int32) for n in (room, k))
     kept, rest = (product_NV.new_empty(rows, n, dtype=torch.float32) for n in (k, padded))
     if rows:

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_problems import DEVICE, NEEDS_TRITON
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ki_ds.kernels import PLAIN, Logits, select
 from ki_ds.kernels.select import Selected, draw, pack, select_targets
@@ -387,6 +388,14 @@ def test_draws_through_the_planes(impl, device):
         ({"vocabulary": 31}, "a vocabulary of 31"),
         ({"logits": Logits(-1.0)}, "a finite scale above 0"),
         ({"impl": "trition"}, "impl='trition'"),
+        ({"selection": Selection("top-k", 9)}, "'top-k'; expected top_k, top_p or sampled"),
+        ({"temperatures": (2.0, 0.0)}, "expected finite ones above 0"),
+        ({"weight_VD": torch.zeros(30, 3).half()}, "weight is torch.float16 .* expected torch.float32"),
+        ({"bias_V": torch.zeros(29)}, r"bias is torch.float32 of shape \(29,\); .* \(30,\)"),
+        (
+            {"selection": Selection("sampled", 9), "quantum": 0.0, "uniforms_NK": torch.zeros(2, 9)},
+            r"float64 uniforms of shape \(2, 9\)",
+        ),
     ],
 )
 def test_impossible_arguments_are_refused(change, message):
@@ -394,3 +403,24 @@ def test_impossible_arguments_are_refused(change, message):
     given = dict(zip(names, integers(2, 3, 30, 13), strict=True), selection=Selection("top_k", 5), quantum=QUANTUM)
     with pytest.raises(ValueError, match=message):
         select_targets(**(given | change))
+
+
+def test_many_draws_do_not_take_more_memory_than_the_logits_may(monkeypatch):
+    """Each draw looks into a block of 256 ids in float64, however few ids there are."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel() * tensor.itemsize)
+            return out
+
+    monkeypatch.setattr(select, "CACHED_BYTES", 1 << 20)
+    hidden, weight, uniforms = torch.randn(200, 4), torch.randn(300, 4), torch.rand(200, 50, dtype=torch.float64)
+    with Watch():
+        drawn = Selection("sampled", 50)
+        select_targets(hidden, weight, None, torch.zeros(200).long(), drawn, 0.0, (), uniforms, impl="chunked")
+    assert largest <= 2 << 20
