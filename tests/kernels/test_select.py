@@ -1,5 +1,7 @@
 """What is kept of a prediction: each kind against a naive version in float64, with ties and impossible ids everywhere.
-M positions, V vocabulary, K kept ids or draws."""
+
+M positions, V vocabulary, K kept ids or draws.
+"""
 
 import math
 
@@ -8,8 +10,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from ki_ds.corpus.masking import View
+from ki_ds.kernels import select as kernel_select
+from ki_ds.kernels import select_targets
 from ki_ds.kernels.select import draw, nucleus, select
 from ki_ds.targets.selection import Selection, scalar_names, tail_name
 from ki_ds.teach import uniforms
@@ -343,60 +347,36 @@ def test_draws_follow_the_inverse_distribution_function():
     assert ids[0, :3].tolist() == [0, 2, 3] and counts[0].tolist() == [1, 3, 2, 0, 0, 0]
 
 
-# ----------------------------------------------------------------------------------------------------- teach.uniforms
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
+@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 3000])
+def test_draws_are_those_of_one_cumulated_sum(vocabulary, temperature):
+    logits = torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(11)) * 3
+    logits[:, vocabulary // 3] = -INF if vocabulary > 1 else 0.0
+    u = uniforms(40, 30)
+    mass = (logits.double() / temperature).softmax(1).cumsum(1)
+    expected = torch.searchsorted(mass, u * mass[:, -1:], right=True).sort(1).values
+    ids, counts = draw(logits, u, temperature)
+    drawn = torch.stack([i.repeat_interleave(c) for i, c in zip(ids, counts, strict=True)])
+    # an id's probability is rounded to fp32, so that a draw may fall on the other side of its edge
+    assert (drawn != expected).sum() <= 1 and torch.isfinite(logits.gather(1, drawn)).all()
 
 
-def places(sequences, length, targets):
-    view = View(np.zeros((sequences, length), np.int32), targets, np.zeros((sequences, length), np.int32))
-    return view, np.flatnonzero(targets)
+def test_many_draws_do_not_take_more_memory_than_the_logits_may(monkeypatch):
+    """Each draw looks into a block of 256 ids in float64, however few ids there are."""
+    largest = 0
 
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel() * tensor.itemsize)
+            return out
 
-def test_uniforms_do_not_depend_on_what_else_is_in_the_batch():
-    rng = np.random.default_rng(0)
-    sequences, views = rng.integers(0, 1 << 40, 12), rng.integers(0, 5, 12)
-    targets, how = rng.random((12, 9)) < 0.4, Selection("sampled", 6)
-    view, rows = places(12, 9, targets)
-    whole = uniforms(77, sequences, views, rows, view, how)
-    assert whole.shape == (len(rows), 6) and whole.dtype == np.float64
-    at = 0
-    for begin in range(0, 12, 5):
-        here = slice(begin, begin + 5)
-        part_view, part_rows = places(len(sequences[here]), 9, targets[here])
-        part = uniforms(77, sequences[here], views[here], part_rows, part_view, how)
-        np.testing.assert_array_equal(part, whole[at : at + len(part)])
-        at += len(part)
-    assert at == len(whole)
-    more = uniforms(77, sequences, views, rows, view, Selection("sampled", 9))
-    np.testing.assert_array_equal(more[:, :6], whole)  # a draw's number is its own, however many follow
-
-
-def test_uniforms_differ_with_key_sequence_view_index_and_draw():
-    """None of the five is lost on the way: all values of a small grid are distinct."""
-    found = []
-    view, rows = places(4, 5, np.ones((4, 5), bool))
-    for key in (1, 2):
-        for shift in range(3):
-            found.append(uniforms(key, np.arange(4), np.full(4, shift), rows, view, Selection("sampled", 7)))
-    assert len(np.unique(np.concatenate(found))) == 2 * 3 * 4 * 5 * 7
-
-
-def test_uniforms_are_uniform_and_uncorrelated():
-    """A million: Pearson's statistic of 1000 bins, mean, variance and neighbours' correlation, to 4.5 deviations."""
-    view, rows = places(200, 100, np.ones((200, 100), bool))
-    u = uniforms(5, np.arange(200), np.zeros(200, np.int64), rows, view, Selection("sampled", 50))
-    assert u.min() >= 0 and u.max() < 1
-    counts = np.histogram(u, 1000, (0, 1))[0]
-    assert abs(((counts - 1000.0) ** 2 / 1000).sum() - 999) < 4.5 * math.sqrt(2 * 999)
-    deviation = 1 / math.sqrt(12 * u.size)
-    assert abs(u.mean() - 0.5) < 4.5 * deviation
-    assert abs(u.var() - 1 / 12) < 4.5 * math.sqrt((1 / 80 - 1 / 144) / u.size)
-    centred = (u - 0.5) * math.sqrt(12)
-    for one, two in ((centred[:, 1:], centred[:, :-1]), (centred[1:], centred[:-1]), (centred[100:], centred[:-100])):
-        assert abs((one * two).mean()) < 4.5 / math.sqrt(one.size)
-
-
-def test_no_uniforms_where_nothing_is_drawn():
-    assert (
-        uniforms(0, np.arange(2), np.zeros(2), *places(2, 3, np.ones((2, 3), bool))[::-1], Selection("top_k", 3))
-        is None
-    )
+    monkeypatch.setattr(kernel_select, "CACHED_BYTES", 1 << 20)
+    hidden, weight, uniforms = torch.randn(200, 4), torch.randn(300, 4), torch.rand(200, 50, dtype=torch.float64)
+    with Watch():
+        drawn = Selection("sampled", 50)
+        select_targets(hidden, weight, None, torch.zeros(200).long(), drawn, 0.0, (), uniforms, impl="chunked")
+    assert largest <= 2 << 20

@@ -11,7 +11,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_problems import DEVICE, NEEDS_TRITON
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from ki_ds.kernels import PLAIN, Logits, select
 from ki_ds.kernels.select import Selected, draw, pack, select_targets
@@ -351,20 +350,6 @@ def test_packs_what_the_codec_packs(seed, k, scale, quantum, left_out, wide, tem
     np.testing.assert_allclose(found.distortion_N.numpy(), lost, rtol=1e-4, atol=3e-7)
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-@pytest.mark.parametrize("vocabulary", [1, 255, 256, 257, 3000])
-def test_draws_are_those_of_one_cumulated_sum(vocabulary, temperature):
-    logits = torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(11)) * 3
-    logits[:, vocabulary // 3] = -INF if vocabulary > 1 else 0.0
-    u = uniforms(40, 30)
-    mass = (logits.double() / temperature).softmax(1).cumsum(1)
-    expected = torch.searchsorted(mass, u * mass[:, -1:], right=True).sort(1).values
-    ids, counts = draw(logits, u, temperature)
-    drawn = torch.stack([i.repeat_interleave(c) for i, c in zip(ids, counts, strict=True)])
-    # an id's probability is rounded to fp32, so that a draw may fall on the other side of its edge
-    assert (drawn != expected).sum() <= 1 and torch.isfinite(logits.gather(1, drawn)).all()
-
-
 @EVERY
 def test_draws_through_the_planes(impl, device):
     arguments, u = integers(4, 3, 20, 12), uniforms(4, 50)
@@ -403,24 +388,3 @@ def test_impossible_arguments_are_refused(change, message):
     given = dict(zip(names, integers(2, 3, 30, 13), strict=True), selection=Selection("top_k", 5), quantum=QUANTUM)
     with pytest.raises(ValueError, match=message):
         select_targets(**(given | change))
-
-
-def test_many_draws_do_not_take_more_memory_than_the_logits_may(monkeypatch):
-    """Each draw looks into a block of 256 ids in float64, however few ids there are."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel() * tensor.itemsize)
-            return out
-
-    monkeypatch.setattr(select, "CACHED_BYTES", 1 << 20)
-    hidden, weight, uniforms = torch.randn(200, 4), torch.randn(300, 4), torch.rand(200, 50, dtype=torch.float64)
-    with Watch():
-        drawn = Selection("sampled", 50)
-        select_targets(hidden, weight, None, torch.zeros(200).long(), drawn, 0.0, (), uniforms, impl="chunked")
-    assert largest <= 2 << 20
