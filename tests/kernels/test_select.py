@@ -16,7 +16,6 @@ from ki_ds.kernels import select as kernel_select
 from ki_ds.kernels import select_targets
 from ki_ds.kernels.select import draw, nucleus, select
 from ki_ds.targets.selection import Selection, scalar_names, tail_name
-from ki_ds.teach import uniforms
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -352,7 +351,7 @@ def test_draws_follow_the_inverse_distribution_function():
 def test_draws_are_those_of_one_cumulated_sum(vocabulary, temperature):
     logits = torch.randn(40, vocabulary, generator=torch.Generator().manual_seed(11)) * 3
     logits[:, vocabulary // 3] = -INF if vocabulary > 1 else 0.0
-    u = uniforms(40, 30)
+    u = random(40, 30, 0)
     mass = (logits.double() / temperature).softmax(1).cumsum(1)
     expected = torch.searchsorted(mass, u * mass[:, -1:], right=True).sort(1).values
     ids, counts = draw(logits, u, temperature)
