@@ -6,6 +6,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ki_ds.kernels import PLAIN, Logits, PackedTargets, ki_loss
 
@@ -113,6 +114,19 @@ def poisoned_memory():
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+class Largest(TorchDispatchMode):
+    """Within it, the most bytes that a tensor coming out of any operation has."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.itemsize)
+        return out
 
 
 def quanta(value):

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils._python_dispatch import TorchDispatchMode
+from loss_problems import Largest
 
 from ki_ds.kernels import select as kernel_select
 from ki_ds.kernels import select_targets
@@ -362,20 +362,9 @@ def test_draws_are_those_of_one_cumulated_sum(vocabulary, temperature):
 
 def test_many_draws_do_not_take_more_memory_than_the_logits_may(monkeypatch):
     """Each draw looks into a block of 256 ids in float64, however few ids there are."""
-    largest = 0
-
-    class Watch(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            nonlocal largest
-            out = func(*args, **(kwargs or {}))
-            for tensor in out if isinstance(out, (tuple, list)) else (out,):
-                if isinstance(tensor, torch.Tensor):
-                    largest = max(largest, tensor.numel() * tensor.itemsize)
-            return out
-
     monkeypatch.setattr(kernel_select, "CACHED_BYTES", 1 << 20)
     hidden, weight, uniforms = torch.randn(200, 4), torch.randn(300, 4), torch.rand(200, 50, dtype=torch.float64)
-    with Watch():
+    with Largest() as largest:
         drawn = Selection("sampled", 50)
         select_targets(hidden, weight, None, torch.zeros(200).long(), drawn, 0.0, (), uniforms, impl="chunked")
-    assert largest <= 2 << 20
+    assert largest.bytes <= 2 << 20
