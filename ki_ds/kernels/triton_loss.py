@@ -33,13 +33,18 @@ FINE_, STEP = tl.constexpr(FINE), tl.constexpr(COARSE - 1)
 
 
 @triton.jit
+def soft_capped(z, cap):
+    """cap · tanh(z / cap), by an exponential of a number below 0."""
+    e = tl.exp(-2 * tl.abs(z) / cap)
+    return tl.where(z < 0, -cap, cap) * ((1 - e) / (1 + e))
+
+
+@triton.jit
 def _logits(raw, scale, cap, CAP: tl.constexpr):
-    """The logits that a model makes of its head's product; -inf stays."""
+    """The logits that a model makes of its head's product; -inf, which marks what is left out, stays."""
     z = raw * scale
     if CAP:
-        # tanh by an exponential of a number below 0
-        e = tl.exp(-2 * tl.abs(z) / cap)
-        z = tl.where(raw == float("-inf"), raw, tl.where(z < 0, -cap, cap) * ((1 - e) / (1 + e)))
+        z = tl.where(raw == float("-inf"), raw, soft_capped(z, cap))
     return z
 
 

@@ -3,7 +3,7 @@
 
 N rows, V columns, K kept, T temperatures, x_NV the head's product in fp16, bf16 or fp32.
 
-    z_nv    = scale · x_nv; or, capped, cap · tanh(scale / cap · x_nv)
+    z_nv    = scale · x_nv; or, capped, cap · tanh(scale · x_nv / cap)
     ids_NK  the columns of the K largest z, ties to the lowest; in rising order, and kept_NK their z
     rest_NT = Σ_{v not kept} exp((z_nv - max z_n) / τ_t)
 
@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ki_ds.kernels.logits import Logits
+from ki_ds.kernels.triton_loss import soft_capped
 
 LANES = 4096
 TILE = 1024  # columns whose exponentials are summed at once
@@ -54,8 +55,7 @@ def _read(row, listed, at, n, stride, scale, cap, CAP: tl.constexpr, LIST: tl.co
         x = tl.load(row + at, mask=at < stride, other=0)  # n has no known divisor, the stride has: a wide load
     z = x.to(tl.float32) * scale
     if CAP:
-        e = tl.exp(-2 * tl.abs(z))
-        z = tl.where(z < 0, -cap, cap) * ((1 - e) / (1 + e))
+        z = soft_capped(z, cap)
     return columns, tl.where(at < n, z, float("-inf"))
 
 
@@ -178,7 +178,7 @@ def largest(product_NV: Tensor, k: int, temperatures: Sequence[float], logits: L
         with torch.cuda.device_of(product_NV):  # Triton launches on the current device
             select_kernel[(rows,)](
                 product_NV, inverse, listed, ids, kept, rest, product_NV.stride(0), vocabulary, k, room,
-                float(logits.scale / logits.cap if logits.cap else logits.scale), float(logits.cap),
+                float(logits.scale), float(logits.cap),
                 T=padded, BLOCK=LANES, TILE=tile(padded), CAP=logits.cap > 0, num_warps=WARPS,
             )  # fmt: skip
     return ids, kept, rest[:, : len(temperatures)]
