@@ -51,7 +51,8 @@ def _run(
     file: Path, scale: str | None, workdir: Path | None, processes: int | None, hostfile: Path | None,
     settings: list[str] | None, only: str | None = None, name: str | None = None,
 ) -> None:  # fmt: skip
-    from ki_ds.pipeline import Launch, default_processes, run
+    from ki_ds.launch import Launch
+    from ki_ds.pipeline import default_processes, run
 
     distributed.quiet()
     if only is not None and only not in ONLY:

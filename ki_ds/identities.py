@@ -7,7 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ki_ds import engine
+from ki_ds import engine_config
 from ki_ds.corpus.sources import FileSource, files
 from ki_ds.errors import UserError
 from ki_ds.graph import Stage, targets_needed, taught_by
@@ -106,7 +106,7 @@ def _training(space: Workspace, name: str, viewing: dict[str, Any]) -> Identity:
         **viewing,
         "model_seed": space.experiment.model_seed(name),
         "model": model.model_dump(mode="json", exclude={"train": NOT_SHAPING, "seed": True}),
-        "precision": engine.precision(space.engine_config),
+        "precision": engine_config.precision(space.engine_config),
     }
     inputs = {f"corpora/{corpus}": space.tokens(corpus).digest for corpus in model.train.on}
     if model.start_from:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ki_ds import distributed
+from ki_ds import checkpoints, distributed
 from ki_ds.batches import Loader, MicroBatch
 from ki_ds.corpus.hashing import derive_key
 from ki_ds.corpus.masking import Viewer
@@ -56,8 +56,8 @@ def run(
         UserError: the loss is not finite for several steps; a target is damaged or misaligned; the disk is full.
     """
     train, inherit = course.train, course.inherit
-    checkpoints = folder / "checkpoints"
-    first = engine.resume(checkpoints, state)
+    saved = folder / "checkpoints"
+    first = checkpoints.resume(engine.deepspeed, saved, state)
     main = distributed.rank() == 0
     metrics = Metrics(folder, first) if main else None
     seconds, skipped = metrics.seconds if metrics else 0.0, 0
@@ -89,7 +89,7 @@ def run(
             if metrics:
                 metrics.write(record)
             if step % train.checkpoint_steps == 0 or step == train.steps:
-                engine.save(checkpoints, step, train.keep_checkpoints, {"step": step, "state": state})
+                checkpoints.save(engine.deepspeed, saved, step, train.keep_checkpoints, {"step": step, "state": state})
             progress.advance(1, f"loss {sums['loss']:.3f}" + (f", alpha {a:.2f}" if inherit else ""))
     loader.close()
     if metrics:

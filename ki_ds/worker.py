@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ki_ds import distributed, teach, train
+from ki_ds import checkpoints, distributed, teach, train
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
@@ -148,7 +148,7 @@ def training(stage: Stage, space: Workspace) -> None:
     engine = Engine(student, model.train, plan, space.engine_config)
     state = {"fingerprint": identity.fingerprint}
     train.run(engine, space.loader(name, plan), course, folder, state, device)
-    engine.export(folder / "model")
+    checkpoints.export(engine.deepspeed, folder / "model")
     if distributed.rank() == 0:
         space.tokenizer.hugging_face.save_pretrained(folder / "model")
         weights = {file.name: file_digest(file) for file in sorted((folder / "model").glob("*.safetensors"))}

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ki_ds import engine, identities, models
+from ki_ds import engine_config, identities, models
 from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
@@ -71,7 +71,7 @@ class Workspace:
         config = given if isinstance(given, dict) else read_json(Path(source))
         if not isinstance(config, dict):
             raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
-        engine.check(config, source)
+        engine_config.check(config, source)
         return config
 
     @cached_property
@@ -280,7 +280,7 @@ class Workspace:
 
     def plan(self, train: Train, name: str, rank: int, world_size: int) -> Plan:
         """How a training run is cut among ranks."""
-        size = engine.micro_batch_size(train, world_size, f"models.{name}")
+        size = engine_config.micro_batch_size(train, world_size, f"models.{name}")
         return Plan(train.batch_size, size, rank, world_size)
 
     def inputs_of(self, stage: Stage) -> list[Stage]:

@@ -1,0 +1,230 @@
+"""Signs of life of a distributed run, so that a rank that dies or hangs stops the run instead of holding it for ever.
+
+Every rank keeps a small file in the *control folder* that all of them see: what it is doing, how often that has changed
+(`progress`), and a `beat` that a thread counts up while the process lives. One *monitor* reads them: the `ki-ds run`
+that started the ranks, or rank 0 where a launcher was called directly. Its own file holds a beat too, and its word:
+"run", "save" (write a checkpoint and end) or "stop". Beats are counters: the clocks of machines are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ki_ds.progress import duration
+
+PERIOD_S = 1.0
+RECORD_BYTES = 512  # every file has this size, and is written in place: a full disk does not stop a heart
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has: what was worth saving is saved."""
+
+
+class Pulse:
+    """This rank's sign of life."""
+
+    def __init__(self) -> None:
+        self.file: Path | None = None
+        self.rank, self.count, self.progress = 0, 0, 0
+        self.doing, self.waiting, self.ended = "starting", False, ""
+        self.asked = threading.Event()  # to save and end
+
+    def write(self) -> None:
+        """Say how this rank is."""
+        self.count += 1
+        if self.file is not None:
+            write_record(self.file, {
+                "rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self.count,
+                "progress": self.progress, "doing": self.doing[:200], "waiting": self.waiting, "ended": self.ended,
+            })  # fmt: skip
+
+
+HERE = Pulse()
+
+
+def report(doing: str, waiting: bool = False) -> None:
+    """Say what this rank is about to do; called again and again, this is what shows that it gets on. `waiting`: for
+    other ranks, which are the ones to be watched then."""
+    HERE.progress += 1
+    HERE.doing, HERE.waiting = doing, waiting
+
+
+@contextlib.contextmanager
+def waiting_for_others() -> Any:
+    """Around a collective operation."""
+    before = HERE.doing
+    report(f"{before}: waiting for other ranks", waiting=True)
+    try:
+        yield
+    finally:
+        report(before)
+
+
+def asked_to_stop() -> bool:
+    """Whether a signal, or the monitor, has asked to save and end."""
+    return HERE.asked.is_set()
+
+
+def stop_if_asked() -> None:
+    """For work that needs no saving.
+
+    Raises:
+        Stopped: it was asked for.
+    """
+    if asked_to_stop():
+        raise Stopped
+
+
+def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: bool) -> None:
+    """Begin to give signs of life, and to listen for the monitor's word; `watched`: by the process that started the
+    ranks, else rank 0 watches. SIGTERM and SIGUSR1 from now on ask for saving and ending; a second one ends at once."""
+    HERE.rank, HERE.file = rank, folder / f"rank-{rank:05d}.json"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    HERE.write()
+    for number in SIGNALS:
+        signal.signal(number, _on_signal)
+    monitor = Monitor(folder, world_size, timeout_s) if rank == 0 and not watched else None
+    threading.Thread(target=_live, args=(folder, timeout_s, monitor), daemon=True, name="heartbeat").start()
+
+
+def end(how: str) -> None:
+    """The last sign of life: "done", "stopped" or "failed"."""
+    HERE.ended = how
+    HERE.write()
+
+
+def _on_signal(number: int, _frame: Any) -> None:
+    if HERE.asked.is_set():
+        os._exit(128 + number)
+    HERE.asked.set()
+
+
+def _live(folder: Path, timeout_s: float, monitor: Monitor | None) -> None:
+    word, heard = None, time.monotonic()
+    while True:
+        HERE.write()
+        if monitor is not None:
+            silent = monitor.look()
+            monitor.say("stop" if silent else "run")
+            if silent:
+                _leave(f"{silent}; this run stops")
+        found = read_record(folder / "word.json")
+        if found != word:
+            word, heard = found, time.monotonic()
+        said = (word or {}).get("say")
+        if said == "stop":
+            _leave(None)
+        if said == "save":
+            HERE.asked.set()
+        if time.monotonic() - heard > timeout_s + 10 * PERIOD_S:
+            _leave(f"rank {HERE.rank}: nothing heard for {duration(timeout_s)} from the process that watches this run")
+        time.sleep(PERIOD_S)
+
+
+def _leave(why: str | None) -> None:
+    """End this process, whatever its main thread hangs in."""
+    end("failed")
+    if why:
+        print(f"error: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+# -------------------------------------------------------------------------------------------------- watching
+
+
+@dataclass
+class Seen:
+    """What the monitor last saw of a rank, and since when (seconds of this machine's monotonic clock)."""
+
+    record: dict[str, Any]
+    alive_since: float
+    progress_since: float
+
+
+class Monitor:
+    """Watches the ranks of a run through their files in the control folder."""
+
+    def __init__(self, folder: Path, world_size: int, timeout_s: float):
+        self.folder, self.timeout_s, self.beat = folder, timeout_s, 0
+        now = time.monotonic()
+        self.seen = {rank: Seen({}, now, now) for rank in range(world_size)}
+
+    def say(self, word: str) -> None:
+        """Tell the ranks: "run", "save" or "stop"."""
+        self.beat += 1
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_record(self.folder / "word.json", {"beat": self.beat, "say": word})
+
+    def look(self) -> str:
+        """Which ranks have been silent for too long, in words; empty while all is well."""
+        now = time.monotonic()
+        for rank, seen in self.seen.items():
+            record = read_record(self.folder / f"rank-{rank:05d}.json") or seen.record
+            if record.get("beat") != seen.record.get("beat"):
+                seen.alive_since = now
+            if record.get("progress") != seen.record.get("progress"):
+                seen.progress_since = now
+            seen.record = record
+        return self.verdict(now)
+
+    def verdict(self, now: float) -> str:
+        """As `look`, from what was seen before."""
+        left = {rank: seen for rank, seen in self.seen.items() if not seen.record.get("ended")}
+        dead = [rank for rank, seen in left.items() if now - seen.alive_since > self.timeout_s]
+        stuck = [rank for rank, seen in left.items() if now - seen.progress_since > self.timeout_s]
+        blamed = dead or [rank for rank in stuck if not left[rank].record.get("waiting")]
+        if not blamed and len(stuck) < len(left):
+            return ""  # who waits for others is not to blame
+        blamed = blamed or stuck
+        least = min((left[rank].record.get("progress", 0) for rank in blamed), default=0)
+        behind = dead or [rank for rank in blamed if left[rank].record.get("progress", 0) == least]
+        return "; ".join(self._words(rank, rank in dead) for rank in behind)
+
+    def _words(self, rank: int, dead: bool) -> str:
+        record = self.seen[rank].record
+        if not record:
+            return f"rank {rank}: did not appear within {duration(self.timeout_s)}"
+        sign = "no sign of life" if dead else "no progress"
+        return (
+            f"rank {rank} (host {record.get('host')}, process {record.get('process')}): {sign} for "
+            f"{duration(self.timeout_s)}; last: {record.get('doing')}"
+        )
+
+    def ended(self) -> set[str]:
+        """How the ranks say that they have ended."""
+        found = (read_record(self.folder / f"rank-{rank:05d}.json") or {} for rank in self.seen)
+        return {str(record["ended"]) for record in found if record.get("ended")}
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Write a record in place; what fails is tried again at the next beat."""
+    data = json.dumps(record).encode()[:RECORD_BYTES].ljust(RECORD_BYTES)
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(handle, data, 0)
+        finally:
+            os.close(handle)
+
+
+def read_record(path: Path) -> dict[str, Any] | None:
+    """A record; None where there is none, or where it is being written."""
+    try:
+        with path.open("rb") as file:
+            found = json.loads(file.read(RECORD_BYTES))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None

@@ -1,0 +1,86 @@
+"""DeepSpeed engines around a tiny model, in this process as the one rank of a world of its own."""
+
+import pytest
+import torch
+
+from ki_ds import distributed, engine_config, models, train
+from ki_ds.batches import MicroBatch, Plan
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.engine import Engine
+from ki_ds.experiment import Train
+from ki_ds.language_model import LanguageModel
+
+VOCABULARY, LENGTH = 300, 16
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    """The process group is joined once; DeepSpeed does not survive its end."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.delenv(name, raising=False)
+        distributed.initialise()
+        yield
+        for name in names:
+            patch.delenv(name, raising=False)
+
+
+def settings(**changes):
+    return Train(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0, **changes)
+
+
+def new_engine(stage, half=False, **changes):
+    """Two micro-batches a step; `half` for bf16."""
+    config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
+    models.set_dropout(config, 0.0)
+    student = LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
+    plan = Plan(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    given = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
+    return Engine(student, settings(**changes), plan, given)
+
+
+def batch(step, size=2):
+    """Two micro-batches with different numbers of targets."""
+    g = torch.Generator().manual_seed(step)
+    found = []
+    for count in (5, 11):
+        ids = torch.randint(0, VOCABULARY, (size, LENGTH), generator=g)
+        rows = torch.randperm(size * LENGTH, generator=g)[:count]
+        found.append(MicroBatch(ids, rows, torch.randint(0, VOCABULARY, (count,), generator=g), None, None))
+    return found
+
+
+def course(**changes):
+    return train.Course(settings(**changes), None, 1, LENGTH, {})
+
+
+def weights(one):
+    import deepspeed
+
+    parameters = list(one.deepspeed.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine_config.stage(one.deepspeed.config) == 3):
+        return [p.detach().clone() for p in parameters]
+
+
+def step(one, number, poisoned=False, rate=1e-2):
+    micros = batch(number)
+    if poisoned:
+        hook = one.deepspeed.module.head.register_forward_pre_hook(lambda _m, a: (a[0] * float("nan"), *a[1:]))
+        one_sums = train.accumulate(one, micros, course(), number, torch.device("cpu"))
+        hook.remove()
+    else:
+        one_sums = train.accumulate(one, micros, course(), number, torch.device("cpu"))
+    return one_sums, *one.step(rate)
+
+
+class Loader:
+    plan = Plan(4, 2, 0, 1)
+    reading_s = waited_s = 0.0
+
+    def __call__(self, number, alpha, next_alpha):
+        return batch(number)
+
+    def close(self):
+        pass
