@@ -1,78 +1,193 @@
-"""Checkpoints of a DeepSpeed engine, and the finished model."""
+"""Checkpoints of a DeepSpeed engine, and the finished model.
+
+A checkpoint is a folder `step-…` of DeepSpeed's files. `ki_ds.json` in it is written last: what the checkpoint is of,
+by how many ranks, and the size of every file. Without it, or with a file of another size, the folder is not whole and
+the checkpoint before it is taken.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_ds import distributed, engine_config
+from ki_ds import distributed, engine_config, heartbeat, universal
 from ki_ds.errors import UserError, reason
 from ki_ds.language_model import LanguageModel
+from ki_ds.progress import say
 from ki_ds.sealed import remedy, sync, write_atomically
 
+RECORD = "ki_ds.json"
 WRITE_FAILED = ("PytorchStreamWriter", "file write failed", "No space left")  # how torch says that a disk is full
 
 
+@dataclass(frozen=True)
+class Checkpoint:
+    """A whole checkpoint: the steps done, what run it belongs to, and how it was cut."""
+
+    folder: Path
+    step: int
+    state: dict[str, Any]
+    world_size: int
+    stage: int
+    groups: list[dict[str, list[int]]]  # names and shapes of the parameters in the optimizer's groups
+
+
 def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any]) -> None:
-    """Write checkpoint `step`; `latest` names it only once it is whole; the last `keep` are kept.
+    """Write checkpoint `step`, of the run that `state` names; the last `keep` are kept.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     tag = f"step-{step:08d}"
+    here = folder / tag
+    if distributed.rank() == 0 and here.exists():
+        shutil.rmtree(here)  # begun by a run of another number of ranks, perhaps: its files would stay
+    distributed.barrier()
+    heartbeat.report(f"saving {here}")
     try:
-        engine.save_checkpoint(str(folder), tag=tag, client_state={"ki_ds": state}, save_latest=False)
+        engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+        own = [file for file in here.rglob("*") if file.is_file() and _is_own(file)]
+        for file in own:
+            sync(file)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITE_FAILED):
             raise
         problem = error if isinstance(error, OSError) else OSError(errno.ENOSPC, reason(error))
-        raise UserError(f"{folder / tag}: cannot be written: {problem.strerror}. {remedy(problem)}") from None
-    distributed.barrier()
+        raise UserError(f"{here}: cannot be written: {problem.strerror}. {remedy(problem)}") from None
+    files = distributed.gather({str(file.relative_to(here)): file.stat().st_size for file in own})
     if distributed.rank() == 0:
-        for file in (folder / tag).iterdir():
-            sync(file)
-        write_atomically(folder / "latest", tag.encode())
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+        record = {
+            "step": step, "state": state, "world_size": distributed.world_size(),
+            "stage": engine_config.stage(engine.config), "groups": _groups(engine),
+            "files": {name: size for one in files for name, size in one.items()},
+        }  # fmt: skip
+        write_atomically(here / RECORD, json.dumps(record, indent=1).encode())
+        write_atomically(folder / "latest", tag.encode())  # for DeepSpeed's own tools
+        for old in sorted(folder.glob("step-????????"))[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
 
 
-def resume(engine: Any, folder: Path, state: dict[str, Any]) -> int:
-    """Load the latest checkpoint: the number of steps done, 0 where there is none.
+def _is_own(file: Path) -> bool:
+    """Whether this rank wrote a file of a checkpoint; rank 0 vouches for those that belong to none."""
+    rank, name = distributed.rank(), file.name
+    if "offloaded_tensors" in file.parts:
+        return file.parts[file.parts.index("offloaded_tensors") + 1] == f"rank{rank:0>2d}"
+    return f"zero_pp_rank_{rank}_" in name or (rank == 0 and "zero_pp_rank_" not in name)
+
+
+def _groups(engine: Any) -> list[dict[str, list[int]]]:
+    """Names and full shapes of the parameters, in the order of the optimizer's groups."""
+    named = [(name, list(getattr(p, "ds_shape", p.shape))) for name, p in engine.module.named_parameters()]
+    matrices = {name: shape for name, shape in named if len(shape) > 1}
+    rest = {name: shape for name, shape in named if len(shape) <= 1}
+    return [group for group in (matrices, rest) if group]
+
+
+def latest(folder: Path) -> Checkpoint | None:
+    """The last whole checkpoint, the same on every rank; what is newer and not whole is removed, or put aside.
 
     Raises:
-        UserError: the checkpoint is damaged, or was made by another number of processes.
+        UserError: there are checkpoints, but all are damaged.
     """
-    latest = folder / "latest"
-    # one rank reads it for all: on a shared file system others may still see an older one
-    tag = distributed.from_first(latest.read_text().strip() if latest.exists() else None)
-    if tag is None:
-        return 0
-    saved = folder / tag
+    found, problem = None, ""
     if distributed.rank() == 0:
-        for newer in folder.glob("step-*"):
-            if newer.name > tag:  # begun, but never finished
-                shutil.rmtree(newer)
-    distributed.barrier()
-    ranks = len(list(saved.glob("*zero_pp_rank_*_optim_states.pt"))) or None  # none at ZeRO 0
-    if ranks is not None and ranks != distributed.world_size():
-        raise UserError(
-            f"{saved}: written by {ranks} processes, but this run has {distributed.world_size()}; "
-            f"run with --processes {ranks}"
-        )
+        damaged = []
+        for here in sorted(folder.glob("step-????????"), reverse=True):
+            why = _damage(here)
+            if not why:
+                found = _read(here)
+                break
+            if (here / RECORD).exists():
+                damaged.append(f"{here}: {why}")
+                say(f"{here}: {why}; going back to the checkpoint before it")
+            else:
+                shutil.rmtree(here)  # begun, but never finished
+        if damaged and found is None:
+            problem = "; ".join(damaged) + f". No whole checkpoint is left: remove {folder} to begin again."
+        for line in damaged if found else ():
+            shutil.rmtree(line.split(": ")[0])
+    # one rank reads for all: on a shared file system others may still see older files
+    found, problem = distributed.from_first((found, problem))
+    if problem:
+        raise UserError(problem)
+    return found
+
+
+def _damage(here: Path) -> str:
+    """What is wrong with a checkpoint folder; empty: nothing."""
     try:
-        path, client = engine.load_checkpoint(str(folder), tag=tag)
+        files = json.loads((here / RECORD).read_bytes())["files"]
+        for name, size in files.items():
+            there = (here / name).stat().st_size
+            if there != size:
+                return f"{name} has {there} bytes, expected {size}"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{RECORD} cannot be read ({reason(error)})"
+    return ""
+
+
+def _read(here: Path) -> Checkpoint:
+    record = json.loads((here / RECORD).read_bytes())
+    return Checkpoint(here, record["step"], record["state"], record["world_size"], record["stage"], record["groups"])
+
+
+def resume(engine: Any, folder: Path, state: dict[str, Any]) -> int:
+    """Load the last whole checkpoint: the number of steps done, 0 where there is none. With as many ranks and the ZeRO
+    stage that it was made with, the run goes on to the last bit; else to rounding.
+
+    Raises:
+        UserError: the checkpoint is damaged, or belongs to another run.
+    """
+    found = latest(folder)
+    if found is None:
+        return 0
+    if found.state != state:
+        raise UserError(
+            f"{found.folder}: belongs to another run: {json.dumps(found.state)}, expected {json.dumps(state)}"
+        )
+    stage = engine_config.stage(engine.config)
+    heartbeat.report(f"loading {found.folder}")
+    try:
+        if (found.stage, found.world_size) == (stage, distributed.world_size()) or found.stage == stage == 0:
+            path, _ = engine.load_checkpoint(str(folder), tag=found.folder.name)
+            if path is None:
+                raise ValueError("DeepSpeed found nothing in it")
+        else:
+            _resume_elsewhere(engine, stage, found)
+    except UserError:
+        raise
     except Exception as error:  # whatever a damaged pickle raises
-        raise UserError(f"{saved}: cannot be loaded ({reason(error)}). {_older(folder, tag)}") from None
-    if path is None or "ki_ds" not in client:
-        raise UserError(f"{saved}: is not whole. {_older(folder, tag)}")
-    found = client["ki_ds"]
-    if found["state"] != state:
-        raise UserError(f"{saved}: belongs to another run: {json.dumps(found['state'])}, expected {json.dumps(state)}")
-    return int(found["step"])
+        raise UserError(
+            f"{found.folder}: cannot be loaded ({reason(error)}). Remove it to go on from the checkpoint before it."
+        ) from None
+    return found.step
+
+
+def _resume_elsewhere(engine: Any, stage: int, found: Checkpoint) -> None:
+    """Load a checkpoint of another number of ranks or another ZeRO stage."""
+    if distributed.rank() == 0:
+        say(
+            f"  {found.folder.name}: made by {found.world_size} ranks at ZeRO {found.stage}, converted for "
+            f"{distributed.world_size()} at ZeRO {stage}"
+        )
+    converted = found.folder.parent / f"universal-{found.folder.name}"
+    try:
+        if distributed.rank() == 0:
+            shutil.rmtree(converted, ignore_errors=True)
+        universal.convert(found.folder, found.stage, found.groups, converted)
+        universal.load(engine, stage, converted)
+        distributed.barrier()
+    finally:
+        if distributed.rank() == 0:
+            shutil.rmtree(converted, ignore_errors=True)
+            (converted.parent / "latest_universal").unlink(missing_ok=True)
 
 
 def export(engine: Any, folder: Path) -> None:
@@ -85,10 +200,3 @@ def export(engine: Any, folder: Path) -> None:
         if distributed.rank() == 0:
             model.whole().save_pretrained(folder, safe_serialization=True)
     distributed.barrier()
-
-
-def _older(folder: Path, tag: str) -> str:
-    others = sorted(other.name for other in folder.glob("step-*") if other.name < tag)
-    if others:
-        return f"To go on from the one before it, write {others[-1]} into {folder / 'latest'}."
-    return f"Remove {folder.parent} to begin again."

@@ -1,17 +1,24 @@
-"""The ki-ds command; the only reader of argv. Exit codes: 0 done, 2 the input is wrong, 1 anything else."""
+"""The ki-ds command; the only reader of argv.
+
+Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal, to be started again; 1 anything else.
+"""
 
 from __future__ import annotations
 
 import errno
 import json
+import os
+import signal
+import socket
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 from typing import Annotated, Any
 
 import typer
 
-from ki_ds import __version__, distributed
+from ki_ds import __version__, distributed, heartbeat
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.experiment import Experiment
 from ki_ds.graph import load_experiment, stages
@@ -31,6 +38,10 @@ Scale = Annotated[str | None, typer.Option(help="apply one of the file's scales 
 Workdir = Annotated[Path | None, typer.Option(help="where results go; default: work/<the experiment's name>")]
 Processes = Annotated[int | None, typer.Option(min=1, help="ranks on this machine; default: one a GPU, or 1")]
 Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed host file, for several machines")]
+Launcher = Annotated[str, typer.Option(help="with a host file: pdsh, openmpi, mpich or slurm")]
+LauncherArgs = Annotated[str, typer.Option(help="passed on to that launcher's program")]
+Restarts = Annotated[int, typer.Option(min=0, help="how often to go on from the last checkpoint after a failure")]
+Timeout = Annotated[float, typer.Option(min=0.05, help="minutes without progress after which a rank counts as lost")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")]
 Name = Annotated[str | None, typer.Option("--name", help="only this corpus, teacher@corpus or model")]
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
@@ -49,9 +60,10 @@ def _open(file: Path, scale: str | None, workdir: Path | None, settings: list[st
 
 def _run(
     file: Path, scale: str | None, workdir: Path | None, processes: int | None, hostfile: Path | None,
-    settings: list[str] | None, only: str | None = None, name: str | None = None,
+    settings: list[str] | None, only: str | None = None, name: str | None = None, launcher: str = "pdsh",
+    launcher_args: str = "", restarts: int = 0, timeout: float = 10.0,
 ) -> None:  # fmt: skip
-    from ki_ds.launch import Launch
+    from ki_ds.launch import Launch, check, slots
     from ki_ds.pipeline import default_processes, run
 
     distributed.quiet()
@@ -64,8 +76,13 @@ def _run(
     arguments = [str(file.absolute()), "--workdir", str(space.root)]
     arguments += ["--scale", scale] if scale else []
     arguments += [part for setting in settings or () for part in ("--set", setting)]
-    ranks = _slots(hostfile) if hostfile else processes or default_processes(space)
-    run(space, Launch(arguments, ranks, hostfile), ONLY[only] if only else None, name)
+    ranks = slots(hostfile) if hostfile else processes or default_processes(space)
+    control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
+    launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
+    check(launch)
+    for number in heartbeat.SIGNALS:
+        signal.signal(number, _on_signal)
+    run(space, launch, ONLY[only] if only else None, name)
     if only in (None, "report"):
         from ki_ds.report import words
 
@@ -76,41 +93,30 @@ def _run(
         say(f"\nreport: {space.root / 'report' / 'report.html'}")
 
 
-def _slots(hostfile: Path) -> int:
-    """Ranks that a DeepSpeed host file asks for: lines `host slots=N`."""
-    total = 0
-    try:
-        lines = hostfile.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{hostfile}: cannot be read: {error}") from None
-    for number, line in enumerate(lines, 1):
-        fields = line.split("#")[0].split()
-        if not fields:
-            continue
-        if len(fields) != 2 or not fields[1].removeprefix("slots=").isdecimal():
-            raise UserError(f"{hostfile}:{number}: found {line.strip()!r}; expected `hostname slots=N`")
-        total += int(fields[1].removeprefix("slots="))
-    if not total:
-        raise UserError(f"{hostfile}: names no host; expected lines `hostname slots=N`")
-    return total
+def _on_signal(_number: int, _frame: FrameType | None) -> None:
+    raise heartbeat.Stopped
 
 
 @app.command("run")
 def run_command(
     file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None, hostfile: Hostfile = None,
     only: Annotated[str | None, typer.Option(help="corpus, teach, train, evaluate or report")] = None,
-    settings: Set = None,
+    settings: Set = None, launcher: Launcher = "pdsh", launcher_args: LauncherArgs = "", restarts: Restarts = 0,
+    timeout: Timeout = 10.0,
 ) -> None:  # fmt: skip
-    """Run the whole experiment; what is sealed already is not done again."""
-    _run(file, scale, workdir, processes, hostfile, settings, only)
+    """Run the whole experiment; what is sealed already is not done again, what was interrupted goes on."""
+    _run(file, scale, workdir, processes, hostfile, settings, only, None, launcher, launcher_args, restarts, timeout)
 
 
 def _stage_command(kind: str, text: str) -> None:
     def command(
         file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None,
-        hostfile: Hostfile = None, name: Name = None, settings: Set = None,
+        hostfile: Hostfile = None, name: Name = None, settings: Set = None, launcher: Launcher = "pdsh",
+        launcher_args: LauncherArgs = "", restarts: Restarts = 0, timeout: Timeout = 10.0,
     ) -> None:  # fmt: skip
-        _run(file, scale, workdir, processes, hostfile, settings, kind, name)
+        _run(
+            file, scale, workdir, processes, hostfile, settings, kind, name, launcher, launcher_args, restarts, timeout
+        )
 
     command.__doc__ = text
     app.command(kind)(command)
@@ -221,15 +227,18 @@ def worker(
     kinds: str, file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None,
     names: Annotated[list[str] | None, typer.Option("--name")] = None,
     parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    control: Annotated[Path | None, typer.Option(hidden=True)] = None, timeout: Timeout = 10.0,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:  # fmt: skip
     """One rank of engine stages; started by a launcher."""
     if parent is not None:
         distributed.end_with(parent)
     distributed.quiet()
+    space = _open(file, scale, workdir, settings)
+    signs = control or space.root / ".control" / distributed.meeting_place()
+    heartbeat.start(signs, distributed.rank(), distributed.world_size(), 60 * timeout, watched=control is not None)
     from ki_ds.worker import work
 
-    space = _open(file, scale, workdir, settings)
     known = [stage for stage in stages(space.experiment) if stage.kind in kinds.split(",")]
     labels = {label for stage in known for label in (stage.name, f"{stage.kind}:{stage.name}")}
     for name in names or ():
@@ -239,6 +248,7 @@ def worker(
     chosen = [stage for stage in known if not names or {stage.name, f"{stage.kind}:{stage.name}"} & set(names)]
     for stage in chosen:
         work(stage, space)
+    heartbeat.end("done")
 
 
 def version(shown: bool) -> None:
@@ -257,6 +267,7 @@ def main(arguments: list[str] | None = None) -> None:
     try:
         app(args=arguments, standalone_mode=True)
     except UserError as error:
+        heartbeat.end("failed")
         if distributed.rank():
             time.sleep(3)  # rank 0 most often says the same, and its end stops this process
         for line in str(error).splitlines():
@@ -264,6 +275,11 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(2) from None
     except StageFailed as failed:
         raise SystemExit(failed.code) from None
+    except heartbeat.Stopped:
+        heartbeat.end("stopped")
+        if distributed.rank() == 0:
+            print("stopped, as asked; the same command goes on from here", file=sys.stderr, flush=True)
+        raise SystemExit(heartbeat.REQUEUE) from None
     except RuntimeError as error:
         if distributed.world_size() == 1 or not any(sign in str(error) for sign in PEER_GONE):
             raise

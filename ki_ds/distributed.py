@@ -9,17 +9,24 @@ import threading
 import time
 import warnings
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ki_ds import heartbeat
 from ki_ds.errors import UserError
 
 
 def under_launcher() -> bool:
     """Whether a launcher started this process as one of its ranks."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def meeting_place() -> str:
+    """A name for this run that all its ranks know before they have met."""
+    return f"{os.environ.get('MASTER_ADDR', socket.gethostname())}-{os.environ.get('MASTER_PORT', os.getpid())}"
 
 
 def free_port() -> int:
@@ -44,7 +51,9 @@ def initialise() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.distributed.is_initialized():
-        deepspeed.init_distributed(verbose=False)
+        # the heart beat is to be the first to notice, since it can say which rank is missing
+        limit = timedelta(seconds=heartbeat.HERE.timeout_s + 60)
+        deepspeed.init_distributed(verbose=False, timeout=limit)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
@@ -90,14 +99,16 @@ def world_size() -> int:
 
 def barrier() -> None:
     if world_size() > 1:
-        torch.distributed.barrier()
+        with heartbeat.waiting_for_others():
+            torch.distributed.barrier()
 
 
 def all_sum(values: Tensor) -> Tensor:
     """Elementwise sum over the ranks; a new tensor."""
     total = values.clone()
     if world_size() > 1:
-        torch.distributed.all_reduce(total)
+        with heartbeat.waiting_for_others():
+            torch.distributed.all_reduce(total)
     return total
 
 
@@ -106,25 +117,35 @@ def from_first(value: Any) -> Any:
     if world_size() == 1:
         return value
     box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
+    with heartbeat.waiting_for_others():
+        torch.distributed.broadcast_object_list(box, src=0)
     return box[0]
 
 
-def agree(what: str, digest: str) -> None:
+def gather(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    with heartbeat.waiting_for_others():
+        torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def agree(facts: dict[str, Any]) -> None:
     """Check that all ranks run the same thing.
 
     Raises:
-        UserError: naming the ranks that differ from rank 0.
+        UserError: naming the ranks that differ from rank 0, and in what.
     """
-    if world_size() == 1:
-        return
-    found: list[Any] = [None] * world_size()
-    torch.distributed.all_gather_object(found, digest)
-    different = [str(other) for other, value in enumerate(found) if value != found[0]]
-    if different:
-        raise UserError(
-            f"rank {', '.join(different)}: another {what} than rank 0. Give every node the same files and versions."
-        )
+    found = gather((socket.gethostname(), facts))
+    lines = []
+    for other, (host, theirs) in enumerate(found):
+        for name, value in found[0][1].items():
+            if theirs.get(name) != value:
+                lines.append(f"rank {other} (host {host}): {name} is {theirs.get(name)}; rank 0 has {value}")
+    if lines:
+        raise UserError("\n".join([*lines[:5], "Give every node the same files and the same versions of libraries."]))
 
 
 def share_out(count: int) -> Iterator[int]:

@@ -27,6 +27,9 @@ RECORD_BYTES = 512  # every file has this size, and is written in place: a full 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
+REQUEUE = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
+
+
 class Stopped(Exception):
     """The run was asked to stop, and has: what was worth saving is saved."""
 
@@ -39,6 +42,7 @@ class Pulse:
         self.rank, self.count, self.progress = 0, 0, 0
         self.doing, self.waiting, self.ended = "starting", False, ""
         self.asked = threading.Event()  # to save and end
+        self.timeout_s = 600.0
 
     def write(self) -> None:
         """Say how this rank is."""
@@ -89,7 +93,7 @@ def stop_if_asked() -> None:
 def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: bool) -> None:
     """Begin to give signs of life, and to listen for the monitor's word; `watched`: by the process that started the
     ranks, else rank 0 watches. SIGTERM and SIGUSR1 from now on ask for saving and ending; a second one ends at once."""
-    HERE.rank, HERE.file = rank, folder / f"rank-{rank:05d}.json"
+    HERE.rank, HERE.file, HERE.timeout_s = rank, folder / f"rank-{rank:05d}.json", timeout_s
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     HERE.write()
@@ -202,6 +206,11 @@ class Monitor:
             f"rank {rank} (host {record.get('host')}, process {record.get('process')}): {sign} for "
             f"{duration(self.timeout_s)}; last: {record.get('doing')}"
         )
+
+    def living(self) -> list[int]:
+        """Ranks that have appeared and have not said that they ended."""
+        found = {rank: read_record(self.folder / f"rank-{rank:05d}.json") or {} for rank in self.seen}
+        return [rank for rank, record in found.items() if record and not record.get("ended")]
 
     def ended(self) -> set[str]:
         """How the ranks say that they have ended."""

@@ -1,22 +1,33 @@
-"""Starts engine stages under the deepspeed launcher, in a process group of their own."""
+"""Starts engine stages under the deepspeed launcher, watches their ranks, and stops everything that it started.
+
+The launcher's exit code alone proves nothing: it is 0 when its own child was killed. What counts is the ranks' signs of
+life (`heartbeat`), the process group, which is this module's own, and in the end the sealed folders.
+"""
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import FrameType
+from typing import Literal
 
 from ki_ds.distributed import free_port
 from ki_ds.errors import UserError
 from ki_ds.graph import Stage
+from ki_ds.heartbeat import SIGNALS, Monitor
+from ki_ds.progress import say
 
 LAUNCHED = ("teach", "train", "evaluate")
+LAUNCHERS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mpich": "mpirun", "slurm": "srun"}  # and the program it needs
+LOOK_S = 0.5
 GRACE_S = 10.0
+DEFAULT_TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True)
@@ -25,39 +36,125 @@ class Launch:
 
     arguments: list[str]
     processes: int
-    hostfile: Path | None
+    control: Path  # the folder of the ranks' signs of life, on a file system that all nodes see
+    hostfile: Path | None = None
+    launcher: str = "pdsh"  # for several nodes
+    launcher_args: str = ""
+    restarts: int = 0
+    timeout_s: float = DEFAULT_TIMEOUT_S
 
 
-def launched(launch: Launch, group: list[Stage]) -> int:
+@dataclass(frozen=True)
+class Outcome:
+    """How a launch ended."""
+
+    code: int
+    how: Literal["ended", "silent", "stopped"]  # by itself; because ranks fell silent; after saving, as asked
+
+
+def check(launch: Launch) -> None:
+    """Refuse what cannot be started.
+
+    Raises:
+        UserError: a launcher that is unknown or not installed, or an option that nothing reads.
+    """
+    if launch.launcher not in LAUNCHERS:
+        raise UserError(f"--launcher: found {launch.launcher}; allowed: {', '.join(LAUNCHERS)}")
+    if launch.hostfile is None:
+        if launch.launcher_args:
+            raise UserError("--launcher-args belong to several nodes: give --hostfile too")
+        return
+    program = LAUNCHERS[launch.launcher]
+    if not shutil.which(program):
+        raise UserError(
+            f"--launcher {launch.launcher}: the program {program} is not on PATH. Install it (see docs/cluster.md), "
+            f"or choose another of {', '.join(LAUNCHERS)}"
+        )
+
+
+def launched(launch: Launch, group: list[Stage]) -> Outcome:
+    """Run engine stages in ranks of their own, to the end."""
+    process = subprocess.Popen(_command(launch, group), env=_environment(launch), start_new_session=True)
+    monitor = Monitor(launch.control, launch.processes, launch.timeout_s)
+    word, asked = "run", False
+
+    def save(_number: int, _frame: FrameType | None) -> None:
+        nonlocal word, asked
+        if asked:  # a second signal: no time to save
+            leave(_number, _frame)
+        asked, word = True, "save"
+        say("asked to stop: saving")
+
+    def leave(_number: int, _frame: FrameType | None) -> None:
+        raise SystemExit(1)
+
+    handlers = dict.fromkeys(SIGNALS, save) | {signal.SIGINT: leave, signal.SIGHUP: leave}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    silent = ""
+    try:
+        while process.poll() is None and not silent:
+            monitor.say(word)
+            silent = monitor.look()
+            time.sleep(LOOK_S)
+    finally:
+        _stop(process, monitor, launch)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if silent:
+        say(f"error: {silent}; everything is stopped")
+        return Outcome(1, "silent")
+    stopped = asked or "stopped" in monitor.ended()
+    shutil.rmtree(launch.control, ignore_errors=True)
+    return Outcome(process.returncode, "stopped" if stopped and process.returncode else "ended")
+
+
+def _stop(process: subprocess.Popen[bytes], monitor: Monitor, launch: Launch) -> None:
+    """Ranks must not outlive this: those on other nodes are told, what runs here is killed."""
+    monitor.say("stop")
+    limit = time.monotonic() + GRACE_S
+    while launch.hostfile and monitor.living() and time.monotonic() < limit:
+        time.sleep(LOOK_S)
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        try:
+            os.killpg(process.pid, number)
+        except ProcessLookupError:
+            return
+        limit = time.monotonic() + GRACE_S
+        while time.monotonic() < limit:
+            process.poll()  # reap the leader, so that the group can end
+            try:
+                os.killpg(process.pid, 0)
+            except ProcessLookupError:
+                return
+            time.sleep(0.05)
+
+
+def _command(launch: Launch, group: list[Stage]) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
+    program = ["--module", "ki_ds.cli"]
     if launch.hostfile:
-        command += ["--hostfile", str(launch.hostfile)]
+        command += ["--hostfile", str(launch.hostfile), "--launcher", launch.launcher, "--force_multi"]
+        if launch.launcher_args:
+            command += ["--launcher_args", launch.launcher_args]
+        if launch.launcher == "slurm":
+            program = [str(Path(__file__).parent / "rank.py")]  # DeepSpeed starts no modules there
     else:
         # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
         command += ["--hostfile", os.devnull, "--master_addr", "127.0.0.1", *_resources(launch.processes)]
-    command += ["--master_port", str(free_port()), "--module", "ki_ds.cli", "worker", ",".join(LAUNCHED)]
-    command += [*launch.arguments, *(part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}"))]
-    if launch.hostfile is None:
-        command += ["--parent", str(os.getpid())]
+    command += ["--master_port", str(free_port()), *program, "worker", ",".join(LAUNCHED), *launch.arguments]
+    command += ["--control", str(launch.control), "--timeout", str(launch.timeout_s / 60)]
+    command += [part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}")]
+    return command if launch.hostfile else [*command, "--parent", str(os.getpid())]
+
+
+def _environment(launch: Launch) -> dict[str, str]:
     environment = dict(os.environ)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     environment.setdefault("OMP_NUM_THREADS", str(max(cores // launch.processes, 1)))
     environment.setdefault("PYTHONWARNINGS", "ignore")
     if launch.hostfile is None and _no_gpu():
         environment.setdefault("DS_ACCELERATOR", "cpu")
-    process = subprocess.Popen(command, env=environment, start_new_session=True)
-
-    def stop(number: int, _frame: Any) -> None:
-        _end(process)
-        raise SystemExit(1)
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
-    try:
-        return process.wait()
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        _end(process)  # ranks must not outlive their launcher
+    return environment
 
 
 def _resources(processes: int) -> list[str]:
@@ -86,18 +183,24 @@ def _no_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Stop everything in the process group: politely, then for good."""
-    for number, patience in ((signal.SIGTERM, GRACE_S), (signal.SIGKILL, GRACE_S)):
-        try:
-            os.killpg(process.pid, number)
-        except ProcessLookupError:
-            return
-        limit = time.monotonic() + patience
-        while time.monotonic() < limit:
-            process.poll()  # reap the leader, so that the group can end
-            try:
-                os.killpg(process.pid, 0)
-            except ProcessLookupError:
-                return
-            time.sleep(0.05)
+def slots(hostfile: Path) -> int:
+    """Ranks that a DeepSpeed host file asks for: lines `host slots=N`.
+
+    Raises:
+        UserError: it cannot be read, or names no host.
+    """
+    total = 0
+    try:
+        lines = hostfile.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{hostfile}: cannot be read: {error}") from None
+    for number, line in enumerate(lines, 1):
+        fields = line.split("#")[0].split()
+        if not fields:
+            continue
+        if len(fields) != 2 or not fields[1].removeprefix("slots=").isdecimal():
+            raise UserError(f"{hostfile}:{number}: found {line.strip()!r}; expected `hostname slots=N`")
+        total += int(fields[1].removeprefix("slots="))
+    if not total:
+        raise UserError(f"{hostfile}: names no host; expected lines `hostname slots=N`")
+    return total

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ki_ds import distributed
+from ki_ds import distributed, heartbeat
 from ki_ds.corpus.masking import VALIDATION_VIEW, Viewer
 from ki_ds.progress import Progress
 
@@ -39,6 +39,7 @@ def validate(
     for start in range(0, len(tokens), micro_batch * world):
         begin = start + distributed.rank() * micro_batch
         sequences = np.arange(begin, min(begin + micro_batch, len(tokens)))
+        heartbeat.report(f"validating, sequence {begin} of {len(tokens)}")
         mine = len(sequences) > 0
         if not mine:
             sequences = np.zeros(1, np.int64)  # a forward pass that counts for nothing

@@ -11,6 +11,7 @@ from ki_ds.corpus.sources import FileSource, files
 from ki_ds.costs import cost, targets_per_sequence
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.graph import Kind, Stage, stages, targets_needed
+from ki_ds.heartbeat import Stopped
 from ki_ds.launch import LAUNCHED, Launch, launched
 from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, check_identity, state
@@ -191,10 +192,17 @@ def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
 
     Raises:
         StageFailed: they ended without sealing their folders, whatever the launcher's exit code says.
+        Stopped: a signal asked for it; what was done is saved.
     """
-    code = launched(launch, group)
-    missing = [stage for stage in group if stage_state(space, stage) != "sealed"]
-    if missing:
-        if code != 2:
-            say(f"{missing[0]}: failed (exit code {code}); the reason stands above. Run again to continue.")
-        raise StageFailed(str(missing[0]), 2 if code == 2 else 1)
+    for again in range(launch.restarts, -1, -1):
+        outcome = launched(launch, group)
+        group = [stage for stage in group if stage_state(space, stage) != "sealed"]
+        if not group:
+            return
+        if outcome.how == "stopped":
+            raise Stopped
+        if outcome.code == 2:
+            raise StageFailed(str(group[0]), 2)
+        failed = f"{group[0]}: failed (exit code {outcome.code}); the reason stands above."
+        say(f"{failed} Starting again; {again - 1} restarts are left." if again else f"{failed} Run again to continue.")
+    raise StageFailed(str(group[0]), 1)

@@ -89,7 +89,7 @@ def run(
             if metrics:
                 metrics.write(record)
             if step % train.checkpoint_steps == 0 or step == train.steps:
-                checkpoints.save(engine.deepspeed, saved, step, train.keep_checkpoints, {"step": step, "state": state})
+                checkpoints.save(engine.deepspeed, saved, step, train.keep_checkpoints, state)
             progress.advance(1, f"loss {sums['loss']:.3f}" + (f", alpha {a:.2f}" if inherit else ""))
     loader.close()
     if metrics:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ki_ds import checkpoints, distributed, teach, train
+from ki_ds import checkpoints, distributed, heartbeat, teach, train
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
@@ -48,6 +48,7 @@ def work(stage: Stage, space: Workspace) -> None:
     """
     run = {"tokenizer": tokenizer, "corpus": corpus, "teach": teaching, "train": training, "evaluate": evaluation}
     began, shown = time.monotonic(), distributed.rank() == 0
+    heartbeat.report(str(stage))
     if shown:
         say(f"{stage} …")
     if stage.kind == "report":
@@ -109,7 +110,13 @@ def begin(stage: Stage, space: Workspace) -> tuple[Path, Identity, torch.device]
     """Join the process group and check that all ranks are about to do the same: (folder, identity, device)."""
     device = distributed.initialise()
     identity = space.identity(stage)
-    distributed.agree(f"experiment, corpus or tokenizer ({stage})", digest([identity.record, versions()]))
+    shared = {
+        "the experiment file": digest(space.experiment.model_dump(mode="json")),
+        "the engine JSON": digest(space.engine_config),
+        "the tokenizer": space.tokenizer.digest,
+        f"what {stage} is made of": identity.fingerprint,
+    }
+    distributed.agree(shared | {f"the version of {name}": found for name, found in versions().items()})
     return space.folder(stage), identity, device
 
 
@@ -171,6 +178,7 @@ def evaluation(stage: Stage, space: Workspace) -> None:
     total = sum(len(space.tokens(name).validation) for name in e.corpora)
     with Progress(f"evaluate {stage.name}", total, "sequences", 0, distributed.rank() == 0) as progress:
         for name in e.corpora:
+            heartbeat.stop_if_asked()
             part, viewer = space.tokens(name).validation, space.viewer(name)
             nats, targets = validate(model, part, viewer, EVALUATION_MICRO_BATCH, device, progress)
             mean = nats / max(targets, 1)

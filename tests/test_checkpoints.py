@@ -13,11 +13,9 @@ def test_checkpoints_are_kept_resumed_and_named_last(stage, half, tmp_path):
     one = new_engine(stage, half)
     for number in range(4):
         step(one, number)
-        checkpoints.save(
-            one.deepspeed, tmp_path, number + 1, keep=2, state={"step": number + 1, "state": {"fingerprint": "x"}}
-        )
+        checkpoints.save(one.deepspeed, tmp_path, number + 1, keep=2, state={"fingerprint": "x"})
     assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-00000003", "step-00000004"]
-    assert (tmp_path / "latest").read_text() == "step-00000004"
+    assert (tmp_path / "latest").read_text() == "step-00000004"  # for DeepSpeed's own tools
     two = new_engine(stage, half)
     assert checkpoints.resume(two.deepspeed, tmp_path, {"fingerprint": "x"}) == 4
     for this in (one, two):
@@ -28,22 +26,49 @@ def test_checkpoints_are_kept_resumed_and_named_last(stage, half, tmp_path):
         checkpoints.resume(new_engine(stage, half).deepspeed, tmp_path, {"fingerprint": "y"})
 
 
-def test_truncated_checkpoint_names_the_one_before(tmp_path):
+def saved(folder, steps):
+    """An engine that has saved after every step."""
     one = new_engine(1)
-    for number in range(2):
+    for number in range(steps):
         step(one, number)
-        checkpoints.save(one.deepspeed, tmp_path, number + 1, keep=3, state={"step": number + 1, "state": {}})
-    for file in (tmp_path / "step-00000002").glob("*.pt"):
-        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    with pytest.raises(UserError, match=r"step-00000002.*write step-00000001 into"):
+        checkpoints.save(one.deepspeed, folder, number + 1, keep=steps, state={})
+    return one
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing", "unfinished", "record"])
+def test_resumes_from_the_checkpoint_before_a_damaged_one(damage, tmp_path, capsys):
+    saved(tmp_path, 2)
+    last = tmp_path / "step-00000002"
+    states = next(last.glob("*_optim_states.pt"))
+    if damage == "truncated":
+        states.write_bytes(states.read_bytes()[:-1])
+    elif damage == "missing":
+        states.unlink()
+    elif damage == "unfinished":  # killed while saving
+        (last / checkpoints.RECORD).unlink()
+    else:
+        (last / checkpoints.RECORD).write_bytes(b'{"files"')
+    two = new_engine(1)
+    assert checkpoints.resume(two.deepspeed, tmp_path, {}) == 1
+    words = {"truncated": f"{states.name} has", "missing": f"{states.name} is missing", "record": "cannot be read"}
+    assert words.get(damage, "") in capsys.readouterr().out
+    assert not last.exists()
+    whole = saved(tmp_path / "again", 2)
+    step(two, 1)
+    for mine, theirs in zip(weights(two), weights(whole), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
+
+
+def test_damaged_checkpoints_alone_are_not_taken_for_none(tmp_path):
+    saved(tmp_path, 1)
+    next((tmp_path / "step-00000001").glob("*_optim_states.pt")).write_bytes(b"")
+    with pytest.raises(UserError, match=r"has 0 bytes, expected \d+. No whole checkpoint is left: remove"):
         checkpoints.resume(new_engine(1).deepspeed, tmp_path, {})
 
 
-def test_checkpoint_of_another_world_size_is_refused(tmp_path):
-    one = new_engine(1)
-    step(one, 0)
-    checkpoints.save(one.deepspeed, tmp_path, 1, keep=1, state={"step": 1, "state": {}})
-    shard = next((tmp_path / "step-00000001").glob("*zero_pp_rank_0*"))
-    (shard.parent / shard.name.replace("rank_0", "rank_1")).write_bytes(shard.read_bytes())
-    with pytest.raises(UserError, match=r"written by 2 processes.*--processes 2"):
+def test_damage_that_keeps_the_size_names_the_remedy(tmp_path):
+    saved(tmp_path, 1)
+    states = next((tmp_path / "step-00000001").glob("*_optim_states.pt"))
+    states.write_bytes(b"\0" * states.stat().st_size)
+    with pytest.raises(UserError, match=r"step-00000001: cannot be loaded .*Remove it to go on from the checkpoint"):
         checkpoints.resume(new_engine(1).deepspeed, tmp_path, {})
