@@ -10,6 +10,7 @@ from ki_ds import engine_config
 from ki_ds.batches import Plan
 from ki_ds.experiment import Train
 from ki_ds.language_model import LanguageModel
+from ki_ds.loss_scale import LossScale
 from ki_ds.optimizers import GuardedAdamW
 
 
@@ -26,7 +27,6 @@ class Engine:
             [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}],
             lr=train.learning_rate, betas=train.betas, eps=train.epsilon, fused=True,
         )  # fmt: skip
-        self.fp16 = bool(config.get("fp16", {}).get("enabled"))
         if isinstance(optimizer, GuardedAdamW):
             optimizer.clip = train.gradient_clipping
         joined = {
@@ -43,6 +43,8 @@ class Engine:
         self.optimizer = optimizer
         if engine_config.stage(config) in (1, 2):  # they check in half precision only
             self.deepspeed.optimizer.check_grad_overflow = True
+        fp16 = config.get("fp16", {}).get("enabled")
+        self.loss_scale = LossScale(self.deepspeed.optimizer) if fp16 else None
 
     def step(self, learning_rate: float) -> tuple[bool, float]:
         """Apply the accumulated gradients: (whether they were finite and applied, their norm before clipping)."""
@@ -52,4 +54,7 @@ class Engine:
         norm = (
             self.optimizer.norm if isinstance(self.optimizer, GuardedAdamW) else self.deepspeed.get_global_grad_norm()
         )
-        return bool(self.deepspeed.was_step_applied()), float("nan") if norm is None else float(norm)
+        applied = bool(self.deepspeed.was_step_applied())
+        if applied and self.loss_scale:
+            self.loss_scale.applied()
+        return applied, float("nan") if norm is None else float(norm)

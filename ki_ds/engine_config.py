@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import torch
-
 from ki_ds.errors import UserError, nearest
 from ki_ds.experiment import Train
 
@@ -64,8 +62,19 @@ def check(config: dict[str, Any], source: str) -> None:
             f"{source}: {halves[0]} with ZeRO stage 0: DeepSpeed takes a wrong first optimizer step there; "
             'expected "zero_optimization": {"stage": 1} or higher'
         )
-    if halves == ["fp16"] and not torch.cuda.is_available():
-        raise UserError(f"{source}: fp16 needs a GPU; on this machine use an engine JSON with fp32 or bf16")
+    if halves and not supported(halves[0]):
+        others = " or ".join(["fp32", *(name for name in ("bf16", "fp16") if name != halves[0] and supported(name))])
+        raise UserError(
+            f"{source}: {halves[0]} is not supported by this machine's device; use an engine JSON with {others}"
+        )
+
+
+def supported(half: str) -> bool:
+    """Whether DeepSpeed can train in "fp16" or "bf16" on this machine's device."""
+    from deepspeed.accelerator import get_accelerator
+
+    device = get_accelerator()
+    return bool(device.is_fp16_supported() if half == "fp16" else device.is_bf16_supported())
 
 
 def stage(config: dict[str, Any]) -> int:

@@ -5,6 +5,7 @@ L_t = (1 - α_t) CE + α_t τ² KL(teacher ‖ student), a mean over all target 
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ki_ds import checkpoints, distributed
+from ki_ds import checkpoints, distributed, heartbeat
 from ki_ds.batches import Loader, MicroBatch
 from ki_ds.corpus.hashing import derive_key
 from ki_ds.corpus.masking import Viewer
@@ -53,7 +54,9 @@ def run(
     """Train to the last step, from the latest checkpoint where there is one.
 
     Raises:
-        UserError: the loss is not finite for several steps; a target is damaged or misaligned; the disk is full.
+        UserError: the loss is not finite for several steps, or at every loss scale of fp16; a target is damaged or
+            misaligned; the disk is full.
+        Stopped: a signal asked for it; a checkpoint is saved.
     """
     train, inherit = course.train, course.inherit
     saved = folder / "checkpoints"
@@ -65,22 +68,20 @@ def run(
     with Progress(f"train {folder.name}", train.steps, "steps", first, main) as progress:
         step = first
         while step < train.steps:
+            heartbeat.report(f"train {folder.name}: step {step}")
             began = time.monotonic()
             a = alpha(inherit, step, train.steps)
             batch = loader(step, a, alpha(inherit, step + 1, train.steps))
-            sums = accumulate(engine, batch, course, step, device)
-            rate = learning_rate(train, step)
-            applied, norm = engine.step(rate)
+            updated = update(engine, batch, course, step, folder.name, device)
+            stop = updated.pop("stop")
             seconds += time.monotonic() - began
-            skipped = 0 if applied else skipped + 1
+            skipped = 0 if updated["applied"] else skipped + 1
             if skipped > MOST_SKIPPED:
-                raise not_finite(course, step, folder.name, engine.fp16)
-            if not applied and engine.fp16:
-                continue  # the loss scale is lower now: the same step again
+                raise not_finite(course, step, folder.name, updated["loss_scale"])
             step += 1
-            record = sums | {
+            record = updated | {
                 "step": step, "tokens": step * train.batch_size * course.sequence_length, "seconds": seconds,
-                "alpha": a, "learning_rate": rate, "gradient_norm": norm, "applied": applied,
+                "alpha": a,
                 "tokens_per_second": train.batch_size * course.sequence_length / (time.monotonic() - began),
                 "reading_seconds": loader.reading_s, "waited_seconds": loader.waited_s,
             }  # fmt: skip
@@ -88,21 +89,51 @@ def run(
                 record["validation"] = evaluate(engine.deepspeed, course, loader.plan.micro_batch_size, device)
             if metrics:
                 metrics.write(record)
-            if step % train.checkpoint_steps == 0 or step == train.steps:
+            if step % train.checkpoint_steps == 0 or step == train.steps or stop:
                 checkpoints.save(engine.deepspeed, saved, step, train.keep_checkpoints, state)
-            progress.advance(1, f"loss {sums['loss']:.3f}" + (f", alpha {a:.2f}" if inherit else ""))
+            progress.advance(1, f"loss {record['loss']:.3f}" + (f", alpha {a:.2f}" if inherit else ""))
+            if stop and step < train.steps:
+                raise heartbeat.Stopped
     loader.close()
     if metrics:
         metrics.close()
 
 
+def update(
+    engine: Engine, batch: list[MicroBatch], course: Course, step: int, name: str, device: torch.device
+) -> dict[str, Any]:
+    """One step: its record, with how often it was tried in vain (`skipped`) and the loss scale that it took.
+
+    Where a dynamic loss scale lets fp16 overflow, the same step is tried again on the same batch, until the scale is
+    low enough: α, learning rate, dropout and stream stand still.
+
+    Raises:
+        UserError: it overflows at the lowest loss scale too.
+    """
+    rate, scale = learning_rate(course.train, step), engine.loss_scale
+    tried: list[float] = []
+    while True:
+        tried.append(scale.value if scale else 1.0)
+        sums = accumulate(engine, batch, course, step, device)
+        applied, norm = engine.step(rate)
+        if applied or scale is None or scale.lowest is None:
+            return sums | {
+                "learning_rate": rate, "gradient_norm": norm, "applied": applied,
+                "loss_scale": tried[-1] if scale else None, "skipped": len(tried) - 1,
+            }  # fmt: skip
+        if tried[-1] <= scale.lowest:
+            raise overflow(course, step, name, tried, finite_loss=math.isfinite(sums["loss"] or 0.0))
+
+
 def accumulate(
     engine: Engine, batch: list[MicroBatch], course: Course, step: int, device: torch.device
-) -> dict[str, float | None]:
-    """Forward and backward passes of one step; the means of loss, CE and KL over the global batch."""
+) -> dict[str, Any]:
+    """Forward and backward passes of one step; the means of loss, CE and KL over the global batch, and whether any
+    rank was asked to stop (all must do it after the same step)."""
     world = distributed.world_size()
-    counts = torch.tensor([sum(len(micro.labels_N) for micro in batch), sum(micro.taught for micro in batch)])
-    targets, taught = distributed.all_sum(counts.to(device)).tolist()
+    rows, taught_rows = sum(len(micro.labels_N) for micro in batch), sum(micro.taught for micro in batch)
+    counts = torch.tensor([rows, taught_rows, heartbeat.asked_to_stop()])
+    targets, taught, stop = distributed.all_sum(counts.to(device)).tolist()
     temperature = course.inherit.temperature if course.inherit else 1.0
     # dropout is a function of (seed, step, rank), so that a resumed run needs no saved random state
     torch.manual_seed(derive_key("dropout", course.seed, step, distributed.rank()) & ((1 << 63) - 1))
@@ -115,7 +146,8 @@ def accumulate(
             engine.deepspeed.step()
         sums += torch.stack([result.loss.detach(), result.ce, result.kl]).double()
     loss, ce, kl = distributed.all_sum(sums).tolist()
-    return {"loss": loss / max(targets, 1), "ce": ce / max(targets, 1), "kl": kl / taught if taught else None}
+    means = {"loss": loss / max(targets, 1), "ce": ce / max(targets, 1), "kl": kl / taught if taught else None}
+    return means | {"stop": stop > 0}
 
 
 def evaluate(model: Callable[..., Any], course: Course, micro_batch: int, device: torch.device) -> dict[str, float]:
@@ -130,12 +162,35 @@ def evaluate(model: Callable[..., Any], course: Course, micro_batch: int, device
     return found
 
 
-def not_finite(course: Course, step: int, name: str, again: bool) -> UserError:
-    """The error of a run that diverged; `again`: the same step was tried over and over."""
+def counts(lines: list[dict[str, Any]]) -> dict[str, Any]:
+    """What the records of a whole run say of steps that were not applied, as facts of its manifest."""
+    return {
+        "skipped_steps": sum(not line["applied"] for line in lines),  # passed over
+        "skipped_tries": sum(line["skipped"] for line in lines),  # done again at a lower loss scale
+        "loss_scale": lines[-1]["loss_scale"],  # of the last step
+    }
+
+
+def not_finite(course: Course, step: int, name: str, scale: float | None) -> UserError:
+    """The error of a run that diverged; `scale`: the fixed loss scale of fp16."""
     size = course.train.batch_size
-    begin = (step if again else step - MOST_SKIPPED) * size
+    fixed = "" if scale is None else f"Leave fp16.loss_scale (now {scale:g}) out of the engine JSON: it adapts then. "
     return UserError(
         f"models.{name}: loss or gradient was not finite in {MOST_SKIPPED + 1} steps in a row, the last being step "
-        f"{step}, stream positions {begin} to {(step + 1) * size}. Lower train.learning_rate (now "
-        f"{course.train.learning_rate:g}), or look at these sequences; the last checkpoint is from before."
+        f"{step}, stream positions {(step - MOST_SKIPPED) * size} to {(step + 1) * size}. {fixed}Lower "
+        f"train.learning_rate (now {course.train.learning_rate:g}), or look at these sequences; the last checkpoint is "
+        "from before."
+    )
+
+
+def overflow(course: Course, step: int, name: str, tried: list[float], finite_loss: bool) -> UserError:
+    """The error of a step that overflows fp16 at every loss scale; those that were tried."""
+    size, last = course.train.batch_size, tried[-1]
+    what = "the gradient overflows" if finite_loss else "the loss itself is not finite"
+    least = "Lower fp16.min_loss_scale in the engine JSON. " if last > 1 and finite_loss else ""
+    return UserError(
+        f"models.{name}: step {step}, stream positions {step * size} to {(step + 1) * size}: {what} in fp16, also at "
+        f"the lowest loss scale, {last:g} ({len(tried)} tries, the first at {tried[0]:g}). {least}Use an engine JSON "
+        f"with bf16 or fp32, lower train.learning_rate (now {course.train.learning_rate:g}), or look at these "
+        "sequences; the last checkpoint is from before."
     )

@@ -159,8 +159,8 @@ def training(stage: Stage, space: Workspace) -> None:
     if distributed.rank() == 0:
         space.tokenizer.hugging_face.save_pretrained(folder / "model")
         weights = {file.name: file_digest(file) for file in sorted((folder / "model").glob("*.safetensors"))}
-        skipped = sum(not line["applied"] for line in read_metrics(folder / "metrics.jsonl"))
-        facts = {"content": digest(weights), "skipped_steps": skipped, **training_facts(space, name)}
+        lines = read_metrics(folder / "metrics.jsonl")
+        facts = {"content": digest(weights), **train.counts(lines), **training_facts(space, name)}
         seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
     distributed.barrier()
 

@@ -1,7 +1,6 @@
 """The engine JSON: what is refused, and how a batch is cut."""
 
 import pytest
-import torch
 from small_engines import settings
 
 from ki_ds import engine_config
@@ -29,10 +28,23 @@ def test_engine_json_that_cannot_be_meant_is_refused(config, message):
     engine_config.check({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, "engine.json")
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="the machine has a GPU")
-def test_fp16_without_a_gpu_names_what_works():
-    with pytest.raises(UserError, match=r"fp16 needs a GPU.*fp32 or bf16"):
-        engine_config.check({"fp16": {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
+@pytest.mark.parametrize(
+    ("wanted", "device", "message"),
+    [
+        ("fp16", [], "fp16 is not supported by this machine's device; use an engine JSON with fp32$"),
+        ("fp16", ["bf16"], "fp16 is not supported.*with fp32 or bf16$"),
+        ("bf16", ["fp16"], "bf16 is not supported.*with fp32 or fp16$"),
+    ],
+)
+def test_a_precision_that_the_device_lacks_names_those_it_has(wanted, device, message, monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    for half in ("fp16", "bf16"):
+        monkeypatch.setattr(get_accelerator(), f"is_{half}_supported", lambda half=half: half in device)
+    for half in device:
+        engine_config.check({half: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
+    with pytest.raises(UserError, match=message):
+        engine_config.check({wanted: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
 
 
 def test_batch_that_the_ranks_do_not_divide():
