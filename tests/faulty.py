@@ -17,6 +17,7 @@ TEXT = "\n\n".join(
 )
 TRAIN = {"on": {"a": 1.0}, "batch_size": 8, "learning_rate": 5e-3, "dropout": 0.0}
 STEPS = 200
+COURSE = ("step", "loss", "ce", "kl", "alpha", "learning_rate", "gradient_norm", "validation")
 EXPERIMENT = {
     "name": "faults",
     "objective": "clm",
@@ -114,9 +115,7 @@ def checkpoint(work):
     return json.loads(found[-1].read_text())["step"] if found else 0
 
 
-def same_course(
-    one, two, keys=("step", "loss", "ce", "kl", "alpha", "learning_rate", "gradient_norm", "validation"), rel=0.0
-):
+def same_course(one, two, rel=0.0):
     """Whether two runs took the same course, to the last bit or to a relative difference."""
     first, second = (metrics(work / "models" / "s") for work in (one, two))
     assert len(first) == len(second) == STEPS
