@@ -89,7 +89,7 @@ def _groups(engine: Any) -> list[dict[str, list[int]]]:
 
 
 def latest(folder: Path) -> Checkpoint | None:
-    """The last whole checkpoint, the same on every rank; what is newer and not whole is removed, or put aside.
+    """The last whole checkpoint, the same on every rank; what is newer and not whole is removed.
 
     Raises:
         UserError: there are checkpoints, but all are damaged.

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -249,6 +250,8 @@ def worker(
     for stage in chosen:
         work(stage, space)
     heartbeat.end("done")
+    if control is None and distributed.rank() == 0:
+        shutil.rmtree(signs, ignore_errors=True)
 
 
 def version(shown: bool) -> None:
