@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -223,12 +224,17 @@ def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
 def _launched(launch: Launch, group: list[Stage]) -> int:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
     if launch.hostfile:
-        command += ["--hostfile", str(launch.hostfile)]
+        # one host of the file is not taken for this machine either
+        command += ["--hostfile", str(launch.hostfile), "--force_multi"]
     else:
         # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
         command += ["--hostfile", os.devnull, "--master_addr", "127.0.0.1", *_resources(launch.processes)]
     command += ["--master_port", str(free_port()), "--module", "ki_ds.cli", "worker", ",".join(LAUNCHED)]
-    command += [*launch.arguments, *(part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}"))]
+    arguments = [*launch.arguments, *(part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}"))]
+    if launch.hostfile:
+        # a shell on each node reads them once more; DeepSpeed quotes those with a space, and only those
+        arguments = [argument if " " in argument else shlex.quote(argument) for argument in arguments]
+    command += arguments
     if launch.hostfile is None:
         command += ["--parent", str(os.getpid())]
     environment = dict(os.environ)
