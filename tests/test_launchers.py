@@ -50,6 +50,7 @@ def run(stage, file, work, *ranks, name):
     assert not any(process.returncode for process in processes), "\n".join(outputs)
 
 
+@pytest.mark.timeout(600)  # the first here: with the run that all are compared to
 def test_mpirun_teaches_and_trains_the_same(finished, here):
     """DeepSpeed finds the ranks through mpi4py."""
     if not shutil.which("mpirun") or find_spec("mpi4py") is None:

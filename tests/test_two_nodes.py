@@ -38,6 +38,7 @@ def test_nothing_is_left_of_nodes(tmp_path):
     sleep.communicate()
 
 
+@pytest.mark.timeout(600)  # two whole runs, four launcher processes and four ranks
 def test_two_nodes_equal_two_ranks_of_one(cluster, tmp_path):
     """To the last bit: targets, losses, weights and perplexities."""
     file, alone, apart = tiny(tmp_path), tmp_path / "alone", tmp_path / "apart"
