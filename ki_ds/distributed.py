@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
+import shutil
 import socket
+import subprocess
 import threading
 import time
 import warnings
+import zlib
 from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
@@ -18,15 +22,90 @@ from torch import Tensor
 from ki_ds import heartbeat
 from ki_ds.errors import UserError
 
+# Where a launcher tells a process its place: deepspeed and torchrun, Open MPI's mpirun, Slurm's srun; the first that is
+# set counts. Slurm's batch script has a SLURM_PROCID too, but belongs to no step: it is a plain process.
+RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
+
+def _told(names: tuple[str, ...], otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
+
 
 def under_launcher() -> bool:
     """Whether a launcher started this process as one of its ranks."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+    return _told(RANK, -1) >= 0 and _told(WORLD_SIZE, 0) > 0
+
+
+def rank() -> int:
+    return _told(RANK, 0)
+
+
+def local_rank() -> int:
+    return _told(LOCAL_RANK, 0)
+
+
+def world_size() -> int:
+    return _told(WORLD_SIZE, 1)
+
+
+def complete_environment() -> None:
+    """Say in the variables that torch and DeepSpeed read what this process's launcher told it in its own.
+
+    A plain process is told that it is alone. Under mpirun DeepSpeed asks MPI for the address of rank 0.
+
+    Raises:
+        UserError: nothing here can find the address of rank 0.
+    """
+    e = os.environ
+    if not under_launcher():
+        e |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        e |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return
+    e |= {"RANK": str(rank()), "LOCAL_RANK": str(local_rank()), "WORLD_SIZE": str(world_size())}
+    if {"MASTER_ADDR", "MASTER_PORT"} <= e.keys():
+        return
+    if "OMPI_COMM_WORLD_RANK" in e:
+        if importlib.util.find_spec("mpi4py") is None:
+            raise UserError(
+                "mpirun: mpi4py is not installed, and tells the ranks where rank 0 is; run: pip install 'ki_ds[mpi]', "
+                "or say it: mpirun -x MASTER_ADDR=… -x MASTER_PORT=…"
+            )
+        e.setdefault("MASTER_PORT", _port_of(e.get("PMIX_NAMESPACE", "")))
+    elif "SLURM_STEP_NODELIST" in e:
+        if "MASTER_ADDR" not in e:
+            e["MASTER_ADDR"] = _first_host(e["SLURM_STEP_NODELIST"])
+        e.setdefault("MASTER_PORT", _port_of(f"{e.get('SLURM_JOB_ID')}.{e.get('SLURM_STEP_ID')}"))
+    else:
+        raise UserError(
+            f"RANK={e['RANK']} and WORLD_SIZE={e['WORLD_SIZE']} are set, MASTER_ADDR and MASTER_PORT are not; expected "
+            "all of them, from a launcher (deepspeed, torchrun, mpirun, srun), or none"
+        )
+
+
+def _port_of(job: str) -> str:
+    """The same port on all ranks, and another for another job; below the ports that systems give away."""
+    return str(20_000 + zlib.crc32(job.encode()) % 10_000)
+
+
+def _first_host(nodes: str) -> str:
+    """The first of the nodes of a Slurm step (`a[1-3,7],b`): the one with task 0."""
+    if not shutil.which("scontrol"):
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodes}: there is no scontrol here to name its first host; set MASTER_ADDR"
+        )
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    if done.returncode or not done.stdout.split():
+        said = done.stderr.strip() or "nothing"
+        raise UserError(f"scontrol show hostnames {nodes}: exit code {done.returncode}: {said}; set MASTER_ADDR")
+    return done.stdout.split()[0]
 
 
 def meeting_place() -> str:
     """A name for this run that all its ranks know before they have met."""
-    return f"{os.environ.get('MASTER_ADDR', socket.gethostname())}-{os.environ.get('MASTER_PORT', os.getpid())}"
+    complete_environment()
+    return f"port-{os.environ['MASTER_PORT']}"
 
 
 def free_port() -> int:
@@ -38,11 +117,7 @@ def free_port() -> int:
 
 def initialise() -> torch.device:
     """Join the process group through DeepSpeed; a plain process becomes the one rank of a world of its own."""
-    if not under_launcher():
-        os.environ |= {
-            "RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1",
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()),
-        }  # fmt: skip
+    complete_environment()
     quiet()
     import deepspeed
     import deepspeed.ops
@@ -53,7 +128,8 @@ def initialise() -> torch.device:
     if not torch.distributed.is_initialized():
         # the heart beat is to be the first to notice, since it can say which rank is missing
         limit = timedelta(seconds=heartbeat.HERE.timeout_s + 60)
-        deepspeed.init_distributed(verbose=False, timeout=limit)
+        port = int(os.environ["MASTER_PORT"])
+        deepspeed.init_distributed(verbose=False, timeout=limit, distributed_port=port)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())
@@ -83,18 +159,6 @@ def quiet() -> None:
     os.environ.setdefault("TQDM_DISABLE", "1")
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-
-
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
-
-
-def world_size() -> int:
-    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def barrier() -> None:

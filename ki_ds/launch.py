@@ -7,6 +7,7 @@ life (`heartbeat`), the process group, which is this module's own, and in the en
 from __future__ import annotations
 
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -141,10 +142,14 @@ def _command(launch: Launch, group: list[Stage]) -> list[str]:
     else:
         # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
         command += ["--hostfile", os.devnull, "--master_addr", "127.0.0.1", *_resources(launch.processes)]
-    command += ["--master_port", str(free_port()), *program, "worker", ",".join(LAUNCHED), *launch.arguments]
-    command += ["--control", str(launch.control), "--timeout", str(launch.timeout_s / 60)]
-    command += [part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}")]
-    return command if launch.hostfile else [*command, "--parent", str(os.getpid())]
+    arguments = [*launch.arguments, "--control", str(launch.control), "--timeout", str(launch.timeout_s / 60)]
+    arguments += [part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}")]
+    if launch.hostfile is None:
+        arguments += ["--parent", str(os.getpid())]
+    elif launch.launcher == "pdsh":
+        # a shell on each node reads them once more; DeepSpeed quotes those with a space, and only those
+        arguments = [argument if " " in argument else shlex.quote(argument) for argument in arguments]
+    return [*command, "--master_port", str(free_port()), *program, "worker", ",".join(LAUNCHED), *arguments]
 
 
 def _environment(launch: Launch) -> dict[str, str]:

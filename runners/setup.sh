@@ -29,3 +29,21 @@ ki_ds_setup() { # ki_ds_setup EXTRAS
     # shellcheck disable=SC1091
     . "$root/.venv/bin/activate"
 }
+
+ki_ds_packages() { # ki_ds_packages LIST: those of Debian's packages that are not there; never fails
+    local missing=() package
+    command -v dpkg-query >/dev/null || { echo "no Debian here: tests that need the programs of $1 skip"; return 0; }
+    while read -r package; do
+        [ "$(dpkg-query --show --showformat '${db:Status-Status}' "$package" 2>/dev/null)" = installed ] ||
+            missing+=("$package")
+    done < <(sed 's/#.*//; /^ *$/d' "$1")
+    [ ${#missing[@]} -gt 0 ] || return 0
+    if [ "${KI_DS_APT:-}" = 1 ] && [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        echo "installing ${missing[*]} …"
+        { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install --yes --no-install-recommends \
+            -qq "${missing[@]}"; } >/dev/null && return 0
+        echo "could not install them (see above); tests that need them skip" >&2
+    else
+        echo "tests that need ${missing[*]} skip; to install: apt-get install ${missing[*]} (or as root: KI_DS_APT=1 $0)"
+    fi
+}

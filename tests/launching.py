@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+SCHEDULERS = ("OMPI_", "PMIX_", "SLURM_")
 
 
 def command(*arguments):
@@ -19,7 +20,7 @@ def command(*arguments):
 
 def environment():
     """This process's environment without what makes it a rank."""
-    return {key: value for key, value in os.environ.items() if key not in LAUNCHER}
+    return {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith(SCHEDULERS)}
 
 
 def ki_ds(*arguments, code=0, cwd=None):
