@@ -33,12 +33,20 @@ def settings(**changes):
 
 def new_engine(stage, half=False, **changes):
     """Two micro-batches a step; `half` for bf16."""
-    config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
-    models.set_dropout(config, 0.0)
-    student = LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
-    plan = Plan(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
     given = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
-    return Engine(student, settings(**changes), plan, given)
+    return engine_of(given, **changes)
+
+
+def new_student(dropout=0.0):
+    config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
+    models.set_dropout(config, dropout)
+    return LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
+
+
+def engine_of(given, dropout=0.0, **changes):
+    """Of an engine JSON; two micro-batches a step."""
+    plan = Plan(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    return Engine(new_student(dropout), settings(**changes), plan, given)
 
 
 def batch(step, size=2):
