@@ -68,7 +68,8 @@ def prepare(model: LanguageModel, config: dict[str, Any]) -> None:
             folder = block["nvme_path"]
             if not os.access(folder, os.W_OK | os.X_OK):
                 raise UserError(f"zero_optimization.{key}.nvme_path: {folder} is not a folder that can be written")
-            ops.load("AsyncIOBuilder", f'zero_optimization.{key}: "nvme"')
+            for name in ("PinMemoryBuilder", "AsyncIOBuilder"):
+                ops.load(name, f'zero_optimization.{key}: "nvme"')
     for key in QUANTIZED:
         if zero.get(key):
             ops.load("QuantizerBuilder", f"zero_optimization.{key}")

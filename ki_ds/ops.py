@@ -25,7 +25,7 @@ def load(name: str, asked: str) -> Any:
     from torch.utils.cpp_extension import _get_build_directory
 
     builder = get_accelerator().create_op_builder(name)
-    folder = Path(_get_build_directory(builder.name, False))
+    folder = Path(_get_build_directory(builder.name, False))  # made where it is missing
     if distributed.local_rank() == 0:
         clear(folder / "lock")
     distributed.barrier()  # from here on, a lock is one of this run's
@@ -33,11 +33,19 @@ def load(name: str, asked: str) -> Any:
         say(f"compiling DeepSpeed's {builder.name}, once, into {folder} …")
     try:
         return builder.load(verbose=False)
-    except (RuntimeError, ImportError, OSError) as error:
+    except Exception as error:  # whatever a tool chain that does not work makes it raise
         missing = f"; it needs {NEEDS[name]}" if name in NEEDS else ""
         raise UserError(
             f"{asked}: DeepSpeed's {builder.name} cannot be compiled or loaded here ({reason(error)}){missing}"
         ) from None
+
+
+def locks() -> list[Path]:
+    """The locks in the folder of compiled operators."""
+    from torch.utils.cpp_extension import get_default_build_root
+
+    named = os.environ.get("TORCH_EXTENSIONS_DIR")
+    return sorted(Path(named).glob("*/lock") if named else Path(get_default_build_root()).glob("*/*/lock"))
 
 
 def clear(lock: Path) -> None:

@@ -153,7 +153,8 @@ FAKE = {
 }
 UNBUILT = FAKE | {
     "optimizers/__init__": """
-        class FusedAdam:
+        import torch
+        class FusedAdam(torch.optim.Optimizer):
             def __init__(self, *a, **k):
                 raise RuntimeError("apex.optimizers.FusedAdam requires cuda extensions")
     """,
