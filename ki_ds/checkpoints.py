@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_ds import distributed, engine_config, heartbeat, universal
+from ki_ds import distributed, engine_config, heartbeat, optimizers, universal
 from ki_ds.errors import UserError, reason
 from ki_ds.language_model import LanguageModel
 from ki_ds.progress import say
@@ -82,10 +82,8 @@ def _is_own(file: Path) -> bool:
 
 def _groups(engine: Any) -> list[dict[str, list[int]]]:
     """Names and full shapes of the parameters, in the order of the optimizer's groups."""
-    named = [(name, list(getattr(p, "ds_shape", p.shape))) for name, p in engine.module.named_parameters()]
-    matrices = {name: shape for name, shape in named if len(shape) > 1}
-    rest = {name: shape for name, shape in named if len(shape) <= 1}
-    return [group for group in (matrices, rest) if group]
+    groups = optimizers.grouped(engine.module)
+    return [{name: list(getattr(p, "ds_shape", p.shape)) for name, p in group} for group in groups if group]
 
 
 def latest(folder: Path) -> Checkpoint | None:

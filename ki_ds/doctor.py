@@ -8,6 +8,8 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
+from ki_ds import apex, ops
+from ki_ds.errors import UserError
 from ki_ds.progress import say
 
 PACKAGES = (
@@ -15,8 +17,10 @@ PACKAGES = (
     "zstandard", "xxhash", "numpy", "safetensors", "fsspec", "pyarrow", "jinja2", "matplotlib", "tensorboard",
 )  # fmt: skip
 OPTIONAL = {"triton": "gpu", "mpi4py": "mpi", "sklearn": "finetune"}
+MONITORS = ("wandb", "comet_ml")
 PROGRAMS = {
     "g++": "needed where DeepSpeed compiles ops (CPU offload): apt-get install g++",
+    "nvcc": "needed on a GPU where DeepSpeed compiles ops (FusedAdam, CPU offload): install the CUDA toolkit",
     "pdsh": "starts ranks on several nodes over ssh: apt-get install pdsh",
     "mpirun": "another way to start ranks on several nodes: apt-get install openmpi-bin",
     "numactl": "binds ranks to cores (--bind_cores_to_rank): apt-get install numactl",
@@ -35,7 +39,12 @@ def examine(workdir: Path) -> bool:
     for name, extra in OPTIONAL.items():
         found = importlib.util.find_spec(name) is not None
         say(f"optional {name}: " + ("there" if found else f"not there; pip install 'ki_ds[{extra}]'"))
+    for name in MONITORS:
+        if importlib.util.find_spec(name) is not None:
+            say(f"monitor {name}: there")
+    _apex()
     _accelerators()
+    _locks()
     launcher = shutil.which("deepspeed")
     say(f"deepspeed launcher: {launcher or 'not on PATH; ki-ds starts it as python -m deepspeed.launcher.runner'}")
     for name, purpose in PROGRAMS.items():
@@ -77,6 +86,21 @@ def _accelerators() -> None:
             compatible = False
         (ready if compatible else others).append(name)
     say(f"deepspeed ops that can be compiled here: {', '.join(ready) or 'none'}; not: {', '.join(others) or 'none'}")
+
+
+def _apex() -> None:
+    try:
+        apex.module("optimizers", "an engine JSON that names apex")
+        say("optional NVIDIA apex: there")
+    except UserError as error:
+        say(f"optional NVIDIA apex: {error}")
+
+
+def _locks() -> None:
+    """Builds of operators that were killed, for which later ones would wait."""
+    for lock in ops.locks():
+        busy = "a build is going on" if ops.held(lock) else "nobody on this machine builds; if no other does, remove it"
+        say(f"{lock}: {busy}")
 
 
 def _disk(workdir: Path) -> bool:

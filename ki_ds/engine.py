@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-
-from ki_ds import engine_config
+from ki_ds import engine_config, features, optimizers
 from ki_ds.batches import Plan
 from ki_ds.experiment import Train
 from ki_ds.language_model import LanguageModel
 from ki_ds.loss_scale import LossScale
-from ki_ds.optimizers import GuardedAdamW
 
 
 class Engine:
@@ -20,17 +17,11 @@ class Engine:
     def __init__(self, model: LanguageModel, train: Train, plan: Plan, config: dict[str, Any]):
         import deepspeed
 
-        matrices = [p for p in model.parameters() if p.dim() > 1]
-        rest = [p for p in model.parameters() if p.dim() <= 1]  # biases and norms do not decay (Devlin et al. 2019)
+        features.prepare(model, config)
         self.bare = engine_config.stage(config) == 0
-        optimizer = (GuardedAdamW if self.bare else torch.optim.AdamW)(
-            [{"params": matrices, "weight_decay": train.weight_decay}, {"params": rest, "weight_decay": 0.0}],
-            lr=train.learning_rate, betas=train.betas, eps=train.epsilon, fused=True,
-        )  # fmt: skip
-        if isinstance(optimizer, GuardedAdamW):
-            optimizer.clip = train.gradient_clipping
+        optimizer = optimizers.new(model, train, config)
         joined = {
-            **{key: value for key, value in config.items() if key not in engine_config.OWNED},
+            **engine_config.for_deepspeed(config),
             "train_batch_size": plan.batch_size,
             "train_micro_batch_size_per_gpu": plan.micro_batch_size,
             "gradient_accumulation_steps": plan.accumulation,
@@ -51,10 +42,17 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
-        norm = (
-            self.optimizer.norm if isinstance(self.optimizer, GuardedAdamW) else self.deepspeed.get_global_grad_norm()
-        )
+        guarded = isinstance(self.optimizer, optimizers.Guarded)
+        norm = self.optimizer.norm if guarded else self.deepspeed.get_global_grad_norm()
         applied = bool(self.deepspeed.was_step_applied())
         if applied and self.loss_scale:
             self.loss_scale.applied()
         return applied, float("nan") if norm is None else float(norm)
+
+    def record(self, values: dict[str, Any]) -> None:
+        """Give the numbers of a step to the monitors that the engine JSON enables; rank 0 alone writes."""
+        monitor, samples = self.deepspeed.monitor, self.deepspeed.global_samples
+        if monitor.enabled:
+            flat = {**values, **{f"perplexity/{name}": x for name, x in values.get("validation", {}).items()}}
+            numbers = {name: float(x) for name, x in flat.items() if isinstance(x, int | float)}
+            monitor.write_events([(f"Train/{name}", x, samples) for name, x in numbers.items()])

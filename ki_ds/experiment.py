@@ -147,6 +147,9 @@ class Train(Strict):
     micro_batch_size: Positive | None = Field(
         None, description="sequences a rank computes at once; default: the largest divisor up to 32"
     )
+    optimizer: Literal["adamw", "lamb"] = Field(
+        "adamw", description="the algorithm; the engine JSON chooses the implementation (docs/optimizers.md)"
+    )
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises linearly")
     betas: tuple[Beta, Beta] = (0.9, 0.98)
     epsilon: Annotated[float, Field(gt=0)] = 1e-6

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from ki_ds import engine_config
 from ki_ds.corpus.sources import FileSource, files
 from ki_ds.errors import UserError
+from ki_ds.experiment import Model
 from ki_ds.graph import Stage, targets_needed, taught_by
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, digest, file_digest, parse_manifest, read_manifest
 from ki_ds.targets.folder import read_facts
@@ -105,7 +106,7 @@ def _training(space: Workspace, name: str, viewing: dict[str, Any]) -> Identity:
     config = {
         **viewing,
         "model_seed": space.experiment.model_seed(name),
-        "model": model.model_dump(mode="json", exclude={"train": NOT_SHAPING, "seed": True}),
+        "model": shaping(model),
         "precision": engine_config.precision(space.engine_config),
     }
     inputs = {f"corpora/{corpus}": space.tokens(corpus).digest for corpus in model.train.on}
@@ -123,6 +124,12 @@ def _training(space: Workspace, name: str, viewing: dict[str, Any]) -> Identity:
         # not opened: a shard that is missing is found, and computed, when the stage itself runs
         inputs[stage.folder] = str(read_manifest(space.folder(stage))["fingerprint"])
     return Identity("train", config, inputs)
+
+
+def shaping(model: Model) -> dict[str, Any]:
+    """What of a model's description shapes the result."""
+    unsaid = {"optimizer"} if model.train and model.train.optimizer == "adamw" else set()  # folders from before it
+    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING | unsaid, "seed": True})
 
 
 @cache

@@ -89,6 +89,7 @@ def run(
                 record["validation"] = evaluate(engine.deepspeed, course, loader.plan.micro_batch_size, device)
             if metrics:
                 metrics.write(record)
+            engine.record(record)
             if step % train.checkpoint_steps == 0 or step == train.steps or stop:
                 checkpoints.save(engine.deepspeed, saved, step, train.keep_checkpoints, state)
             progress.advance(1, f"loss {record['loss']:.3f}" + (f", alpha {a:.2f}" if inherit else ""))

@@ -9,7 +9,7 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ki_ds import engine_config, identities, models
+from ki_ds import engine_config, identities, models, optimizers
 from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
@@ -72,6 +72,9 @@ class Workspace:
         if not isinstance(config, dict):
             raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
         engine_config.check(config, source)
+        for name, model in self.experiment.models.items():
+            if model.train:
+                optimizers.check_fit(model.train, config, f"models.{name}", source)
         return config
 
     @cached_property

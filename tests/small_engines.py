@@ -31,15 +31,23 @@ def settings(**changes):
     return Train(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0, **changes)
 
 
-def new_engine(stage, half=False, plan=None, fp16=None, **changes):
-    """Two micro-batches a step, on one rank; `half` for bf16, or what `fp16` holds beside "enabled"."""
-    config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
-    models.set_dropout(config, 0.0)
-    student = LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
-    plan = plan or Plan(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+def new_engine(stage, half=False, fp16=None, **changes):
+    """`half` for bf16, or what `fp16` holds beside "enabled"."""
     given = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
     given |= {} if fp16 is None else {"fp16": {"enabled": True, **fp16}}
-    return Engine(student, settings(**changes), plan, given)
+    return engine_of(given, **changes)
+
+
+def new_student(dropout=0.0):
+    config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
+    models.set_dropout(config, dropout)
+    return LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
+
+
+def engine_of(given, dropout=0.0, plan=None, **changes):
+    """Of an engine JSON; two micro-batches a step, on one rank."""
+    plan = plan or Plan(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    return Engine(new_student(dropout), settings(**changes), plan, given)
 
 
 def batch(step, size=2):

@@ -1,5 +1,8 @@
 """The engine JSON: what is refused, and how a batch is cut."""
 
+import json
+from pathlib import Path
+
 import pytest
 from small_engines import settings
 
@@ -8,24 +11,108 @@ from ki_ds.errors import UserError
 from ki_ds.experiment import Train
 
 
+def zero(stage, **more):
+    return {"zero_optimization": {"stage": stage, **more}}
+
+
+CPU = {"device": "cpu"}
+NVME = {"device": "nvme", "nvme_path": "/tmp"}
+BF16 = {"bf16": {"enabled": True}}
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [
         ({"train_batch_size": 8}, "train_batch_size: the experiment owns"),
-        ({"optimizer": {"type": "Adam"}}, "optimizer: the experiment owns"),
+        ({"gradient_clipping": 1.0}, r"gradient_clipping: the experiment owns.*train\.gradient_clipping"),
+        ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the experiment owns"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
-        ({"bf16": {"enabled": True}}, "ZeRO stage 0"),
+        (BF16, "ZeRO stage 0"),
         ({"zero_optimisation": {"stage": 3}}, 'unknown key.*did you mean "zero_optimization"'),
+        ({"amp": {"enabled": True}}, "amp: unknown key"),
         ({"fp16": True}, "fp16: found true; expected an object"),
         ({"bf16": {"enable": True}}, '"enabled" is missing'),
-        ({"zero_optimization": {"stage": 7}}, "stage: found 7; allowed: 0, 1, 2, 3"),
-        ({"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}, "offload is not supported"),
+        (zero(7), "stage: found 7; allowed: 0, 1, 2, 3"),
+        (zero(2, overlap_com=True), r"zero_optimization\.overlap_com: unknown.*did you mean \"overlap_comm\""),
+        (zero(2, reduce_bucket_size="big"), r"zero_optimization\.reduce_bucket_size: .*integer"),
+        ({"csv_monitor": {"enabled": True, "path": "x"}}, r"csv_monitor\.path: unknown key"),
+        ({"wandb": True}, "wandb: found true; expected an object"),
+        # the optimizer
+        ({"optimizer": {"type": "Adam"}}, 'optimizer: found .*did you mean "AdamW"'),
+        ({"optimizer": {"params": {}}}, "optimizer: found .*expected an object with the type"),
+        ({"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}, r"params\.lr: the experiment owns.*learning_rate"),
+        ({"optimizer": {"type": "AdamW", "params": {"adam_w_mode": False}}}, r"params\.adam_w_mode: is not read"),
+        (
+            {"optimizer": {"type": "OneBitAdam"}},
+            r"OneBitAdam: DeepSpeed 0\.19\.8 no longer.*communication_data_type",
+        ),
+        ({"optimizer": {"type": "Lamb"}}, "DeepSpeed's Lamb runs in fp16 at ZeRO 0 only"),
+        ({"optimizer": {"type": "ApexAdam"}, **zero(2, offload_optimizer=CPU)}, "ApexAdam runs on the GPU only"),
+        # offload
+        (zero(0, offload_optimizer=CPU), '"device": "cpu" with ZeRO stage 0; expected "stage": 1 or higher'),
+        (zero(2, offload_optimizer=CPU, offload_param=CPU), 'offload_param: .*ZeRO stage 2; expected "stage": 3'),
+        (zero(3, offload_param=CPU), "offload_param without offload_optimizer"),
+        (zero(2, offload_optimizer=NVME), '"device": "nvme" with ZeRO stage 2; expected "stage": 3'),
+        (zero(3, offload_optimizer={"device": "nvme"}), '"nvme_path", the folder to swap to, is missing'),
+        (zero(3, offload_optimizer=CPU, offload_param=NVME), "nvme in fp32: DeepSpeed silently stores .*bf16"),
+        (zero(2, offload_optimizer={"device": "disk"}), 'offload_optimizer: found .*expected {"device": "cpu"}'),
+        (zero(2, offload_optimizer="cpu"), 'offload_optimizer: found "cpu"; expected'),
+        (zero(3, offload_optimizer={**CPU, "ratio": 0.5}), r"offload_optimizer\.ratio: is not supported"),
+        (zero(2, offload_optimizer={**CPU, "pin_memry": True}), r"offload_optimizer\.pin_memry: unknown key"),
+        (zero(2, cpu_offload=True), r"cpu_offload: is DeepSpeed's old name; expected \"offload_optimizer\""),
+        (zero(2, zenflow={"topk_ratio": 0.1}), "zenflow: is not supported"),
+        # activation checkpointing, and our own block
+        ({"activation_checkpointing": True}, "activation_checkpointing: found true; expected an object"),
+        ({"activation_checkpointing": {"cpu_checkpoint": True}}, 'unknown option; did you mean "cpu_checkpointing"'),
+        ({"activation_checkpointing": {"partition_activations": True}}, "partition_activations: spreads activations"),
+        ({"activation_checkpointing": {"number_checkpoints": 4}}, "number_checkpoints: spreads activations"),
+        ({"activation_checkpointing": {"profile": 1}}, "profile: found 1; expected true or false"),
+        ({"ki_ds": {"layernorm": "apex"}}, 'ki_ds.layernorm: unknown key; did you mean "layer_norm"'),
+        ({"ki_ds": {"layer_norm": "Apex"}}, 'layer_norm: found "Apex"; allowed: torch, apex'),
     ],
 )
 def test_engine_json_that_cannot_be_meant_is_refused(config, message):
     with pytest.raises(UserError, match=message):
         engine_config.check(config, "engine.json")
-    engine_config.check({"train_batch_size": "auto", "zero_optimization": {"stage": 2}}, "engine.json")
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"train_batch_size": "auto", **zero(2)},
+        {"optimizer": "auto"},
+        {"optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "weight_decay": "auto"}}, **zero(1)},
+        zero(1, offload_optimizer=CPU),
+        zero(3, offload_optimizer={**CPU, "pin_memory": False}, offload_param=CPU),
+        zero(2, offload_optimizer={"device": "none"}, offload_param=None),
+        zero(3, offload_optimizer=NVME),
+        {**BF16, **zero(3, offload_optimizer=NVME, offload_param=NVME)},
+        {"activation_checkpointing": {"partition_activations": False, "number_checkpoints": None}},
+        {"ki_ds": {"layer_norm": "torch"}},
+    ],
+)
+def test_engine_json_that_is_accepted(config):
+    engine_config.check(config, "engine.json")
+
+
+def test_every_engine_json_of_the_package_is_accepted(monkeypatch):
+    monkeypatch.setattr(engine_config, "supported", lambda half: True)
+    files = sorted(Path("ds_configs/engine").glob("*.json"))
+    assert len(files) >= 10
+    for file in files:
+        engine_config.check(json.loads(file.read_text()), str(file))
+
+
+def test_deepspeed_is_given_what_is_its_own():
+    given = {"optimizer": {"type": "AdamW"}, "ki_ds": {}, "activation_checkpointing": {}, "train_batch_size": "auto"}
+    assert engine_config.for_deepspeed(given | zero(2)) == zero(2)
+
+
+def test_precision_is_what_changes_rounding_and_nothing_else():
+    """Offload and communication settings that change no number do not change a model's identity."""
+    assert engine_config.precision(BF16 | zero(3, offload_optimizer=CPU)) == BF16
+    compressed = engine_config.precision({"communication_data_type": "bf16"} | zero(3, zero_quantized_gradients=True))
+    assert compressed == {"communication_data_type": "bf16", "zero_quantized_gradients": True}
 
 
 @pytest.mark.parametrize(
