@@ -31,13 +31,14 @@ def settings(**changes):
     return Train(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0, **changes)
 
 
-def new_engine(stage, half=False, **changes):
-    """Two micro-batches a step; `half` for bf16."""
+def new_engine(stage, half=False, bucket=None, **changes):
+    """Two micro-batches a step; `half` for bf16; `bucket`: elements reduced at once."""
     config = models.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
     models.set_dropout(config, 0.0)
     student = LanguageModel(models.new_model(config, "clm", seed=1), VOCABULARY)
     plan = Plan(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
-    given = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
+    zero = {"stage": stage} | ({"reduce_bucket_size": bucket} if bucket else {})
+    given = {"zero_optimization": zero} | ({"bf16": {"enabled": True}} if half else {})
     return Engine(student, settings(**changes), plan, given)
 
 
