@@ -24,7 +24,8 @@ class Kept(NamedTuple):
     """Bytes of a micro-batch between its forward and its backward pass on one rank; the loss is not in it."""
 
     everything: int
-    checkpointed: int  # where layers keep their inputs alone, and one after the other is computed again
+    inputs: int  # of the layers: what is kept where the rest is computed again
+    layer: int  # of one layer, while it is computed again
 
 
 class Pass(NamedTuple):
@@ -49,7 +50,7 @@ def kept(config: Any, objective: str, how: Pass) -> Kept:
     everything = saved_bytes(config, objective, how)
     layers = config.num_hidden_layers
     inputs = layers * how.sequences * how.length * config.hidden_size * how.dtype.itemsize
-    return Kept(everything, inputs + everything // layers)
+    return Kept(everything, inputs, everything // layers)
 
 
 def saved_bytes(config: Any, objective: str, how: Pass) -> int:
@@ -68,8 +69,7 @@ def saved_bytes(config: Any, objective: str, how: Pass) -> int:
         model.set_output_embeddings(nn.Identity())
         own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         ids = torch.zeros(how.sequences, how.length, dtype=torch.int64)
-        if how.gpu:
-            stack.enter_context(_AsOnGPU())
+        stack.enter_context(_AsThere(how.gpu))
         if how.autocast:
             stack.enter_context(torch.autocast("cpu", how.autocast))
         stack.enter_context(torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor))
@@ -77,14 +77,21 @@ def saved_bytes(config: Any, objective: str, how: Pass) -> int:
         return sum(tensor.untyped_storage().nbytes() for tensor in found.values())
 
 
-class _AsOnGPU(TorchFunctionMode):
-    """Attention by a fused kernel, which a CPU has only without dropout; masks of dropout in a byte an element."""
+class _AsThere(TorchFunctionMode):
+    """Attention by a fused kernel, which a CPU has only without dropout. A GPU's masks of dropout are bytes, while a
+    CPU's are as wide as what they mask."""
+
+    def __init__(self, gpu: bool):
+        super().__init__()
+        self.gpu = gpu
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is functional.scaled_dot_product_attention:
-            return _FusedAttention.apply(*args[:3])
-        if func is functional.dropout:
+            given = dict(zip(("query", "key", "value", "attn_mask", "dropout_p"), args, strict=False)) | kwargs
+            if self.gpu or not given.get("dropout_p"):
+                return _FusedAttention.apply(given["query"], given["key"], given["value"])
+        if func is functional.dropout and self.gpu:
             given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
             p, training = given.get("p", 0.5), given.get("training", True)
             return torch.native_dropout(given["input"], p, True)[0] if p and training else given["input"]

@@ -83,7 +83,7 @@ class Setting(NamedTuple):
     optimizer: str  # none, cpu or nvme: where states are offloaded to
     parameter: str  # likewise the weights, stage 3
     swap: dict[str, float]  # counts and sizes of NVMe buffers
-    checkpointed: bool
+    recomputed: Literal["no", "device", "host"]  # activations, and where the layers' inputs wait
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> Setting:
@@ -96,6 +96,7 @@ class Setting(NamedTuple):
             config.get("data_types", {}).get("grad_accum_dtype"), weight
         )
         states, weights = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
+        again = config.get("activation_checkpointing")
         return cls(
             stage, weight, accumulated,
             compute=2 if half or config.get("torch_autocast", {}).get("enabled") else 4,
@@ -111,7 +112,7 @@ class Setting(NamedTuple):
                 "weight elements": float(weights.get("buffer_count", 5)) * float(weights.get("buffer_size", 1e8)),
                 "weights in host": float(weights.get("max_in_cpu", 1e9)),
             },
-            checkpointed="activation_checkpointing" in config,
+            recomputed="no" if again is None else "host" if again.get("cpu_checkpointing") else "device",
         )  # fmt: skip
 
 
@@ -154,9 +155,7 @@ def estimate(model: Model, micro: Micro, ranks: int, config: dict[str, Any], gpu
     how = Setting.of(config)
     items = [*states(model, ranks, how), *gradients(model, ranks, how, gpu)]
     items += [
-        Item(
-            "activations", "device", "backward", micro.kept.checkpointed if how.checkpointed else micro.kept.everything
-        ),
+        *activations(micro.kept, how),
         Item("loss", "device", "backward", loss(model, micro, how, gpu)),
         Item("targets", "device", "backward", targets(model, micro)),
     ]
@@ -207,7 +206,9 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
     offloaded = how.optimizer != "none"
     always: list[Phase] = ["always"]
     during: list[Phase] = ["backward", "reduction"]
-    found = [Item("reduction, copied", "device", "reduction", again)]
+    # from stage 2 on gradients are reduced while earlier layers still hold their activations
+    copying = during if how.stage > 1 else during[1:]
+    found = [Item("reduction, copied", "device", phase, again) for phase in copying]
     found += [Item("bucket", "device", phase, bucket) for phase in (always if how.stage == 3 else during)]
     if how.stage == 3:
         found.append(Item("gradients", "host" if offloaded else "device", "always", how.accumulated * share))
@@ -232,6 +233,14 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
     found.append(Item("gradients, incoming", "device", "reduction", how.accumulated * share))
     found.append(Item("gradients, fp32", "device", "step", 8 * share))
     return found
+
+
+def activations(kept: Kept, how: Setting) -> list[Item]:
+    """What a forward pass leaves for the backward pass."""
+    if how.recomputed == "no":
+        return [Item("activations", "device", "backward", kept.everything)]
+    inputs = Item("inputs of layers", how.recomputed, "backward", kept.inputs)
+    return [inputs, Item("activations of a layer", "device", "backward", kept.layer)]
 
 
 def loss(model: Model, micro: Micro, how: Setting, gpu: bool) -> float:

@@ -169,7 +169,7 @@ def verdict(need: Need, sequences: int, chosen: dict[str, Any], there: Room) -> 
 def amounts(need: memory.Estimate, gpu: bool) -> str:
     """Bytes of a rank in words."""
     device, host = (need.device, need.host) if gpu else (need.device + need.host, 0.0)
-    parts = [f"{device / GIB:.1f} GiB"]
+    parts = [f"{device / GIB:.2g} GiB" if device < GIB else f"{device / GIB:.1f} GiB"]
     parts += [
         f"{amount / GIB:.1f} GiB {place}"
         for amount, place in ((host, "of host memory"), (need.nvme, "of NVMe"))

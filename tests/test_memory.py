@@ -1,6 +1,7 @@
 """The estimate of memory: its exact parts against an engine's tensors, its sum against what torch allocates."""
 
 import gc
+import itertools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from ki_ds.activations import Kept, Pass, kept, saved_bytes
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.memory import Micro, Model, Setting, estimate
 
-NOTHING = Micro(0, 0, 0, Kept(0, 0))
+NOTHING = Micro(0, 0, 0, Kept(0, 0, 0))
 PADDING = 64  # bytes: partitions are aligned
 
 
@@ -46,7 +47,7 @@ def test_weights_states_and_gradients_are_those_of_the_engine(stage, half):
         if stage == 3:
             masters = one.deepspeed.optimizer.fp32_partitioned_groups_flat
         assert amount(said, "master weights") == pytest.approx(size(masters), abs=PADDING)
-    weights = [p for p in one.deepspeed.module.parameters()]
+    weights = list(one.deepspeed.module.parameters())
     if stage == 3:
         weights = [one.deepspeed.optimizer.lp_param_buffer]
         gradients = one.deepspeed.optimizer.grad_partitions_flat_buffer
@@ -119,7 +120,7 @@ def test_fused_attention_keeps_what_korthikanti_et_al_count():
 def test_activations_grow_by_the_same_with_every_sequence():
     config, objective = shape(dropout=0.1)
     sizes = [saved_bytes(config, objective, Pass(n, 16, torch.float32, None, True)) for n in (1, 2, 3, 4)]
-    assert len({b - a for a, b in zip(sizes, sizes[1:], strict=False)}) == 1
+    assert len({b - a for a, b in itertools.pairwise(sizes)}) == 1
 
 
 BIG = Model((1 << 30, 1 << 30, 1000), 4096, 50_000)  # two matrices of 2^30, a bias
@@ -178,12 +179,15 @@ def test_settings_not_given_are_deepspeeds_defaults():
 def test_checkpointed_layers_keep_their_inputs_and_one_layer():
     config, objective = shape("gpt-medium", length=128)
     found = kept(config, objective, Pass(4, 128, torch.bfloat16, None, True))
-    inputs = 9 * 4 * 128 * 576 * 2
-    assert found.checkpointed == inputs + found.everything // 9
+    assert found.inputs == 9 * 4 * 128 * 576 * 2
+    assert found.layer == found.everything // 9
     micro = NOTHING._replace(kept=found)
-    plain = estimate(BIG, micro, 1, {}, gpu=True)
-    saved = estimate(BIG, micro, 1, {"activation_checkpointing": {}}, gpu=True)
-    assert plain.phase("backward") - saved.phase("backward") == found.everything - found.checkpointed
+    plain, saved, moved = (
+        estimate(BIG, micro, 1, given, gpu=True)
+        for given in ({}, {"activation_checkpointing": {}}, {"activation_checkpointing": {"cpu_checkpointing": True}})
+    )
+    assert plain.phase("backward") - saved.phase("backward") == found.everything - found.inputs - found.layer
+    assert saved.phase("backward") - moved.phase("backward") == found.inputs == moved.host
 
 
 def test_targets_count_as_they_are_packed():
