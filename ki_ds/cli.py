@@ -152,30 +152,41 @@ def shipped(name: str) -> Path:
 
 @app.command()
 def plan(
-    file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None, settings: Set = None
-) -> None:
-    """What will run, what is sealed already, and what it costs."""
+    file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None, hostfile: Hostfile = None,
+    memory: Annotated[float | None, typer.Option(
+        min=0.1, metavar="GIB", help="ask about GPUs with so much memory each, instead of this machine"
+    )] = None,
+    settings: Set = None,
+) -> None:  # fmt: skip
+    """What will run, what is sealed already, what it costs, and whether its memory is there."""
     from rich.console import Console
     from rich.table import Table
 
     from ki_ds import pipeline
+    from ki_ds import plan as plans
+    from ki_ds.launch import slots
 
     distributed.quiet()
     space = _open(file, scale, workdir, settings)
-    pipeline.preflight(space, processes or pipeline.default_processes(space))
-    rows = pipeline.plan(space)
+    ranks = slots(hostfile) if hostfile else processes or pipeline.default_processes(space)
+    pipeline.preflight(space, ranks)
+    rows, lines = plans.plan(space, ranks, plans.room(ranks, memory, hostfile is not None))
     table = Table("stage", "state", *(column for column in COLUMNS), title=f"{space.experiment.name} in {space.root}")
     for row in rows:
         table.add_row(row["stage"], row["state"], *(_amount(row.get(c)) for c in COLUMNS))
     todo = [row for row in rows if row["state"] != "sealed"]
-    sums = [sum(row.get(column, 0) for row in todo) if column != "parameters" else None for column in COLUMNS]
+    sums = [sum(row.get(column, 0) for row in todo) if column in SUMMED else None for column in COLUMNS]
     table.add_section()
     table.add_row("still to do", "", *(_amount(total) for total in sums))
     Console(width=None if sys.stdout.isatty() else 120).print(table)
     say("bytes: targets before compression, which saves about a third; FLOPs: matrix products, training 3 × forward")
+    say(f"memory: bytes of a rank, {ranks} ranks; estimated, see docs/engine.md")
+    for line in lines:
+        say(line)
 
 
-COLUMNS = ("steps", "tokens", "flops", "bytes", "parameters")
+SUMMED = ("steps", "tokens", "flops", "bytes")
+COLUMNS = (*SUMMED, "parameters", "memory")
 
 
 def _amount(value: float | None) -> str:

@@ -42,8 +42,8 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
-        guarded = isinstance(self.optimizer, optimizers.Guarded)
-        norm = self.optimizer.norm if guarded else self.deepspeed.get_global_grad_norm()
+        guarded = self.optimizer if isinstance(self.optimizer, optimizers.Guarded) else None
+        norm = guarded.norm if guarded else self.deepspeed.get_global_grad_norm()
         applied = bool(self.deepspeed.was_step_applied())
         if applied and self.loss_scale:
             self.loss_scale.applied()

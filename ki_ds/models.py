@@ -89,7 +89,7 @@ def _inline(given: dict[str, Any], objective: str, tokenizer: TextTokenizer, len
         check_objective(CONFIG_MAPPING[kind](**first), objective, place)
         config = CONFIG_MAPPING[kind](**_filled(given, CONFIG_MAPPING[kind](), tokenizer, length, place))
         check_objective(config, objective, place)
-        _outline(config, objective)  # sizes that do not go together show only here
+        outline(config, objective)  # sizes that do not go together show only here
     except UserError:
         raise
     except Exception as error:  # whatever the library raises: the input is at fault
@@ -226,21 +226,21 @@ def load_model(source: str | Path, objective: str, place: str, dropout: float = 
     return model
 
 
-def _outline(config: Any, objective: str) -> Any:
-    """The model without memory for its parameters."""
-    with torch.device("meta"):
-        return _auto(objective).from_config(config)
+def outline(config: Any, objective: str, dtype: torch.dtype = torch.float32, device: str = "meta") -> Any:
+    """The model without memory for its parameters; under a mode that makes fake tensors, on any device."""
+    with torch.device(device):
+        return _auto(objective).from_config(config, dtype=dtype)
 
 
 def count_parameters(config: Any, objective: str) -> int:
     """Parameters, tied ones once, without allocating them."""
-    return sum(p.numel() for p in _outline(config, objective).parameters())
+    return sum(p.numel() for p in outline(config, objective).parameters())
 
 
 def forward_flops(config: Any, objective: str, length: int, targets: float) -> float:
     """FLOPs of a forward pass over one sequence with so many target positions: the matrix products (2 a weight and
     token), attention scores and mixing (4 · S² · D a layer) and the head at the target positions."""
-    model = _outline(config, objective)
+    model = outline(config, objective)
     head = model.get_output_embeddings()
     weights = sum(
         module.weight.numel()

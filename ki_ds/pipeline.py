@@ -8,9 +8,8 @@ from typing import Any
 from ki_ds import engine_config
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import FileSource, files
-from ki_ds.costs import cost, targets_per_sequence
 from ki_ds.errors import StageFailed, UserError
-from ki_ds.graph import Kind, Stage, stages, targets_needed
+from ki_ds.graph import Kind, Stage, stages
 from ki_ds.heartbeat import Stopped
 from ki_ds.launch import LAUNCHED, Launch, launched
 from ki_ds.progress import say
@@ -113,37 +112,6 @@ def stage_state(space: Workspace, stage: Stage) -> str:
     if found == "sealed" and stage.kind == "teach":
         return "sealed" if complete(folder, space.needed(stage).positions) else "unsealed"
     return found
-
-
-def plan(space: Workspace) -> list[dict[str, Any]]:
-    """What each stage costs: tokens, FLOPs, bytes of targets, steps; and its state."""
-    e, tokenizer = space.experiment, expected_tokenizer(space)
-    rows = []
-    for stage in stages(e):
-        row: dict[str, Any] = {"stage": str(stage), "state": stage_state(space, stage)}
-        if stage.kind == "teach":
-            needed = targets_needed(e, stage.name)
-            if stage_state(space, Stage("corpus", needed.corpus)) == "sealed":
-                needed = space.needed(stage)
-            rows_stored = needed.positions * targets_per_sequence(e)
-            per_entry = 4 if tokenizer.size > 1 << 16 else 3  # before zstd
-            row |= {
-                "tokens": needed.positions * e.sequence_length,
-                "flops": needed.positions * cost(space, needed.teacher, tokenizer)["flops_per_sequence"],
-                "bytes": rows_stored * (10 + needed.selection.k * per_entry),
-            }
-        if stage.kind == "train":
-            train = e.models[stage.name].train
-            assert train is not None
-            found = cost(space, stage.name, tokenizer)
-            row |= {
-                "steps": train.steps,
-                "tokens": train.steps * train.batch_size * e.sequence_length,
-                "flops": train.steps * found["flops_per_step"],
-                "parameters": found["parameters"],
-            }
-        rows.append(row)
-    return rows
 
 
 # ------------------------------------------------------------------------------------------------------ run

@@ -31,9 +31,10 @@ def settings(**changes):
     return Train(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0, **changes)
 
 
-def new_engine(stage, half=False, fp16=None, **changes):
-    """`half` for bf16, or what `fp16` holds beside "enabled"."""
-    given = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
+def new_engine(stage, half=False, fp16=None, bucket=None, **changes):
+    """`half` for bf16, or what `fp16` holds beside "enabled"; `bucket`: elements reduced at once."""
+    zero = {"stage": stage} | ({"reduce_bucket_size": bucket} if bucket else {})
+    given = {"zero_optimization": zero} | ({"bf16": {"enabled": True}} if half else {})
     given |= {} if fp16 is None else {"fp16": {"enabled": True, **fp16}}
     return engine_of(given, **changes)
 
