@@ -21,7 +21,7 @@ from ki_ds.progress import say
 from ki_ds.sealed import remedy, sync, write_atomically
 
 RECORD = "ki_ds.json"
-WRITE_FAILED = ("PytorchStreamWriter", "file write failed", "No space left")  # how torch says that a disk is full
+LITTLE = 1 << 20  # bytes: how much is free where a write has just failed for want of room
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
         for file in own:
             sync(file)
     except (OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in WRITE_FAILED):
+        # torch has many words for a disk that is full
+        if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free > LITTLE:
             raise
         problem = error if isinstance(error, OSError) else OSError(errno.ENOSPC, reason(error))
         raise UserError(f"{here}: cannot be written: {problem.strerror}. {remedy(problem)}") from None

@@ -135,7 +135,7 @@ def test_ranks_that_differ_are_named_with_what_differs(undisturbed, work, tmp_pa
     (tmp_path / "site").mkdir()
     (tmp_path / "site" / "sitecustomize.py").write_text(
         "from importlib import metadata\nreal = metadata.version\n"
-        "metadata.version = lambda name: '0.0.1' if name == 'tokenizers' else real(name)\n"
+        "metadata.version = lambda name: '0.0.1' if name == 'zstandard' else real(name)\n"
     )
     port = str(free_port())
     ranks = []
@@ -153,6 +153,6 @@ def test_ranks_that_differ_are_named_with_what_differs(undisturbed, work, tmp_pa
     outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [2, 2], outputs
     assert "rank 1 (host " in outputs[0]
-    assert "the version of tokenizers is 0.0.1; rank 0 has" in outputs[0]
+    assert "the version of zstandard is 0.0.1; rank 0 has" in outputs[0]
     assert "the experiment file is" in outputs[0]
     assert "Give every node the same files" in outputs[0]
