@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +58,7 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
         # torch has many words for a disk that is full
         if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free > LITTLE:
             raise
-        problem = error if isinstance(error, OSError) else OSError(errno.ENOSPC, reason(error))
+        problem = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise UserError(f"{here}: cannot be written: {problem.strerror}. {remedy(problem)}") from None
     files = distributed.gather({str(file.relative_to(here)): file.stat().st_size for file in own})
     if distributed.rank() == 0:

@@ -79,15 +79,22 @@ def check(config: dict[str, Any], source: str) -> None:
             f"{source}: {halves[0]} with ZeRO stage 0: DeepSpeed takes a wrong first optimizer step there; "
             'expected "zero_optimization": {"stage": 1} or higher'
         )
-    if halves and not supported(halves[0]):
-        others = " or ".join(["fp32", *(name for name in ("bf16", "fp16") if name != halves[0] and supported(name))])
-        raise UserError(
-            f"{source}: {halves[0]} is not supported by this machine's device; use an engine JSON with {others}"
-        )
     _offload(config, source)
     _described(config, source)
     optimizers.check(config, source)
     features.check(config, source)
+
+
+def check_device(config: dict[str, Any], source: str) -> None:
+    """Refuse a precision that this machine's device does not know; for the machines where the ranks run.
+
+    Raises:
+        UserError: naming the precisions that it knows.
+    """
+    half = next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), None)
+    if half and not supported(half):
+        others = " or ".join(["fp32", *(name for name in ("bf16", "fp16") if name != half and supported(name))])
+        raise UserError(f"{source}: {half} is not supported by this machine's device; use an engine JSON with {others}")
 
 
 def supported(half: str) -> bool:

@@ -31,8 +31,8 @@ def default_processes(space: Workspace) -> int:
     return next((count for count in counts if all(batch % count == 0 for batch in batches)), 1)
 
 
-def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = None) -> None:
-    """Everything that can be refused before anything of these kinds (all by default) runs.
+def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = None, here: bool = False) -> None:
+    """Everything that can be refused before anything of these kinds (all by default) runs; `here`: on this machine.
 
     Raises:
         UserError: with every problem found in the experiment, the engine JSON, the sources and the given models.
@@ -50,7 +50,10 @@ def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = No
     def unfinished(kind: Kind, name: str) -> bool:
         return not (space.folder(Stage(kind, name)) / MANIFEST).exists()
 
-    gather(lambda: space.engine_config)
+    config = gather(lambda: space.engine_config)
+    untrained = any(model.train and unfinished("train", name) for name, model in e.models.items())
+    if here and untrained and config is not None:
+        gather(engine_config.check_device, config, space.engine_source)
     for name, corpus in e.corpora.items():
         if unfinished("corpus", name):
             for index, source in enumerate(corpus.sources):
@@ -124,7 +127,7 @@ def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, na
         UserError: the input is wrong, or an earlier stage is missing.
         StageFailed: a launched stage failed.
     """
-    preflight(space, launch.processes, kinds)
+    preflight(space, launch.processes, kinds, here=launch.hostfile is None)
     chosen = [s for s in stages(space.experiment) if (kinds is None or s.kind in kinds) and name in (None, s.name)]
     if not chosen:
         known = [s.name for s in stages(space.experiment) if kinds is None or s.kind in kinds]

@@ -14,7 +14,6 @@ from ki_ds import engine_config, memory, models
 from ki_ds.activations import Kept, Pass, kept
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.costs import cost, targets_per_sequence
-from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment
 from ki_ds.graph import Stage, stages, targets_needed
 from ki_ds.pipeline import expected_tokenizer, stage_state
@@ -39,6 +38,7 @@ class Room:
     device: float | None = None
     host: float | None = None  # beside the GPU's
     source: str = ""
+    here: bool = False  # on this machine
 
     def holds(self, need: memory.Estimate) -> bool:
         """Whether so much fits; what is unknown counts as endless."""
@@ -60,23 +60,18 @@ def room(ranks: int, gib: float | None, elsewhere: bool) -> Room:
         return Room(devices > 0)
     share = psutil.virtual_memory().available / ranks
     if not devices:
-        return Room(False, share, None, f"{share / GIB:.1f} GiB of this machine's free memory a rank")
+        return Room(False, share, None, f"{share / GIB:.1f} GiB of this machine's free memory a rank", True)
     least = min((torch.cuda.get_device_properties(index) for index in range(ranks)), key=lambda one: one.total_memory)
-    return Room(True, least.total_memory, share, f"{least.name}, {least.total_memory / GIB:.0f} GiB")
+    return Room(True, least.total_memory, share, f"{least.name}, {least.total_memory / GIB:.0f} GiB", True)
 
 
 def shipped_engines() -> dict[str, dict[str, Any]]:
-    """The engine JSONs of ds_configs/engine that this machine accepts, by name."""
+    """The engine JSONs of ds_configs/engine, by name."""
     folders = (place / "ds_configs" / "engine" for place in SHIPPED)
     folder = next((one for one in folders if one.is_dir()), Path())
     found = {}
     for file in sorted(folder.glob("*.json")):
-        config = read_json(file)
-        try:
-            engine_config.check(config, file.name)
-        except UserError:  # fp16 without a GPU, say
-            continue
-        found[file.name] = config
+        found[file.name] = read_json(file)
     return found
 
 
@@ -148,7 +143,12 @@ def verdict(need: Need, sequences: int, chosen: dict[str, Any], there: Room) -> 
         return f"{said} {kind}; what is there is not known from here (ask with --memory GIB)"
     if there.holds(found):
         return f"{said}; fits ({there.source})"
-    order = in_order(shipped_engines(), chosen)
+    known = [name for name in ("fp16", "bf16") if not there.here or engine_config.supported(name)]
+    order = [
+        (name, config)
+        for name, config in in_order(shipped_engines(), chosen)
+        if all(half in known for half in ("fp16", "bf16") if config.get(half, {}).get("enabled"))
+    ]
     smaller = [size for size in need.sizes() if size < sequences]
     for size in (sequences, *smaller):
         for name, config in order:

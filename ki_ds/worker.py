@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from ki_ds import checkpoints, distributed, heartbeat, teach, train
+from ki_ds import checkpoints, distributed, engine_config, heartbeat, teach, train
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
@@ -145,6 +145,7 @@ def training(stage: Stage, space: Workspace) -> None:
     folder, identity, device = begin(stage, space)
     if prepared(folder, identity):
         return
+    engine_config.check_device(space.engine_config, space.engine_source)
     name, e = stage.name, space.experiment
     model = e.models[name]
     assert model.train is not None

@@ -66,8 +66,7 @@ class Workspace:
     @cached_property
     def engine_config(self) -> dict[str, Any]:
         """The DeepSpeed JSON, checked."""
-        given = self.experiment.engine
-        source = "engine" if isinstance(given, dict) else str(self.find(given, "engine"))
+        given, source = self.experiment.engine, self.engine_source
         config = given if isinstance(given, dict) else read_json(Path(source))
         if not isinstance(config, dict):
             raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
@@ -76,6 +75,12 @@ class Workspace:
             if model.train:
                 optimizers.check_fit(model.train, config, f"models.{name}", source)
         return config
+
+    @property
+    def engine_source(self) -> str:
+        """Where the DeepSpeed JSON comes from, for errors."""
+        given = self.experiment.engine
+        return "engine" if isinstance(given, dict) else str(self.find(given, "engine"))
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:

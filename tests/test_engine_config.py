@@ -95,8 +95,7 @@ def test_engine_json_that_is_accepted(config):
     engine_config.check(config, "engine.json")
 
 
-def test_every_engine_json_of_the_package_is_accepted(monkeypatch):
-    monkeypatch.setattr(engine_config, "supported", lambda half: True)
+def test_every_engine_json_of_the_package_is_accepted():
     files = sorted(Path("ds_configs/engine").glob("*.json"))
     assert len(files) >= 10
     for file in files:
@@ -129,9 +128,9 @@ def test_a_precision_that_the_device_lacks_names_those_it_has(wanted, device, me
     for half in ("fp16", "bf16"):
         monkeypatch.setattr(get_accelerator(), f"is_{half}_supported", lambda half=half: half in device)
     for half in device:
-        engine_config.check({half: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
+        engine_config.check_device({half: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
     with pytest.raises(UserError, match=message):
-        engine_config.check({wanted: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
+        engine_config.check_device({wanted: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
 
 
 def test_batch_that_the_ranks_do_not_divide():
