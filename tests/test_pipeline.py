@@ -530,6 +530,7 @@ def test_stored_teacher_teaches_in_another_experiment(stored, tmp_path):
     assert [line["kl"] is not None for line in metrics(work / "models" / "s")] == [True] * 3 + [False] * 2
     facts = json.loads((work / "models" / "s" / "manifest.json").read_text())["facts"]
     assert facts["teachers"]["a"]["flops_per_sequence"] == 0
+    assert (facts["skipped_steps"], facts["skipped_tries"], facts["loss_scale"]) == (0, 0, None)
     space = opened(stored, work)
     assert {pipeline.stage_state(space, stage) for stage in stages(space.experiment)} == {"sealed"}
     summary = json.loads((work / "report" / "summary.json").read_text())
