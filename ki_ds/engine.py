@@ -40,8 +40,8 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
-        guarded = isinstance(self.optimizer, optimizers.Guarded)
-        norm = self.optimizer.norm if guarded else self.deepspeed.get_global_grad_norm()
+        own = self.optimizer
+        norm = own.norm if isinstance(own, optimizers.Guarded) else self.deepspeed.get_global_grad_norm()
         return bool(self.deepspeed.was_step_applied()), float("nan") if norm is None else float(norm)
 
     def record(self, values: dict[str, Any]) -> None:
