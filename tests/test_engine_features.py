@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from small_engines import STAGES, engine_of, step, weights, world  # noqa: F401
+from small_engines import engine_of, step, weights, world  # noqa: F401
 
 from ki_ds import checkpoints, features
 from ki_ds.errors import UserError
@@ -72,7 +72,7 @@ def test_activation_checkpointing_changes_no_gradient(stage):
     assert any((mine != other).any() for mine, other in zip(weights(one), weights(three), strict=True))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [0, 3])
 def test_csv_monitor_and_profiler_write(stage, tmp_path):
     one = engine_of(zero(stage) | {
         "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "run"},
