@@ -90,7 +90,7 @@ def _accelerators() -> None:
 
 def _apex() -> None:
     try:
-        apex.module("optimizers", "an engine JSON that names apex")
+        apex.module("optimizers", '"ApexAdam"')
         say("optional NVIDIA apex: there")
     except UserError as error:
         say(f"optional NVIDIA apex: {error}")

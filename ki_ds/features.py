@@ -14,8 +14,10 @@ from ki_ds import apex, distributed, ops
 from ki_ds.errors import UserError, nearest
 from ki_ds.language_model import LanguageModel
 
-CHECKPOINTING = ("cpu_checkpointing", "synchronize_checkpoint_boundary", "profile")
-PARALLEL_CHECKPOINTING = ("partition_activations", "contiguous_memory_optimization", "number_checkpoints")
+CHECKPOINTING = (
+    "partition_activations", "contiguous_memory_optimization", "number_checkpoints", "cpu_checkpointing",
+    "synchronize_checkpoint_boundary", "profile",
+)  # fmt: skip
 LAYER_NORMS = ("torch", "apex")
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "comet": "comet_ml"}  # block: package
 QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
@@ -32,15 +34,13 @@ def check(config: dict[str, Any], source: str) -> None:
     if not isinstance(block, dict):
         raise UserError(f"{place}: found {json.dumps(block)}; expected an object, {{}} for the plain kind")
     for key, value in block.items():
-        if key not in CHECKPOINTING + PARALLEL_CHECKPOINTING:
+        if key not in CHECKPOINTING:
             raise UserError(f"{place}.{key}: unknown option{nearest(key, CHECKPOINTING)}")
-        if key in PARALLEL_CHECKPOINTING and value:
+        if value:
             raise UserError(
-                f"{place}.{key}: spreads activations over the ranks of a model-parallel group, which there is not "
-                "here: every rank computes whole layers; leave it out"
+                f"{place}.{key}: is not supported: what is turned on is the model's own checkpointing, "
+                "which has no such option; leave it out"
             )
-        if not isinstance(value, bool | None):
-            raise UserError(f"{place}.{key}: found {json.dumps(value)}; expected true or false")
     block = config.get("ki_ds", {})
     if not isinstance(block, dict):
         raise UserError(f"{source}: ki_ds: found {json.dumps(block)}; expected an object")
@@ -76,10 +76,10 @@ def prepare(model: LanguageModel, config: dict[str, Any]) -> None:
     if config.get("ki_ds", {}).get("layer_norm") == "apex":
         apex.swap_layer_norms(model)
     if "activation_checkpointing" in config:
-        recompute(model, config["activation_checkpointing"])
+        recompute(model)
 
 
-def recompute(model: LanguageModel, options: dict[str, Any]) -> None:
+def recompute(model: LanguageModel) -> None:
     """Let the layers be computed again in the backward pass, instead of keeping what is inside them.
 
     Raises:
@@ -88,13 +88,5 @@ def recompute(model: LanguageModel, options: dict[str, Any]) -> None:
     backbone: Any = model.backbone
     if not getattr(backbone, "supports_gradient_checkpointing", False):
         raise UserError(f"activation_checkpointing: a {type(backbone).__name__} does not support it; leave it out")
-    function: Any = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
-    if any(options.get(name) for name in CHECKPOINTING):
-        from deepspeed import checkpointing
-
-        checkpointing.configure(
-            None, checkpoint_in_cpu=options.get("cpu_checkpointing"),
-            synchronize=options.get("synchronize_checkpoint_boundary"), profile=options.get("profile"),
-        )  # fmt: skip
-        function = checkpointing.non_reentrant_checkpoint
-    backbone._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=function)
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)
+    backbone._set_gradient_checkpointing(enable=True, gradient_checkpointing_func=again)
