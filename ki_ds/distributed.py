@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 import warnings
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -125,16 +124,3 @@ def agree(what: str, digest: str) -> None:
         raise UserError(
             f"rank {', '.join(different)}: another {what} than rank 0. Give every node the same files and versions."
         )
-
-
-def share_out(count: int) -> Iterator[int]:
-    """Numbers below `count`, each to the rank that comes for it first. All ranks call this; it ends with a barrier."""
-    if world_size() == 1:
-        yield from range(count)
-        return
-    host = os.environ["MASTER_ADDR"]
-    port = from_first(free_port())
-    store = torch.distributed.TCPStore(host, port, is_master=rank() == 0)
-    while (number := store.add("next", 1) - 1) < count:
-        yield number
-    barrier()  # rank 0 holds the counter until all are done

@@ -10,6 +10,7 @@ from torch import nn
 
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.errors import UserError, nearest, reason
+from ki_ds.partitioned import gathered
 
 # layers, hidden size, heads, feed-forward size (Qin et al. 2022, table 5)
 SIZES = {
@@ -89,7 +90,7 @@ def _inline(given: dict[str, Any], objective: str, tokenizer: TextTokenizer, len
         check_objective(CONFIG_MAPPING[kind](**first), objective, place)
         config = CONFIG_MAPPING[kind](**_filled(given, CONFIG_MAPPING[kind](), tokenizer, length, place))
         check_objective(config, objective, place)
-        _outline(config, objective)  # sizes that do not go together show only here
+        outline(config, objective)  # sizes that do not go together show only here
     except UserError:
         raise
     except Exception as error:  # whatever the library raises: the input is at fault
@@ -192,17 +193,20 @@ def check_causal(model: Any, place: str) -> None:
     """
     training = model.training
     model.eval()
-    one = torch.arange(4)[None, :] % model.config.vocab_size
+    one = torch.arange(4, device=next(model.parameters()).device)[None, :] % model.config.vocab_size
     two = one.clone()
     two[0, -1] = (two[0, -1] + 1) % model.config.vocab_size
-    before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, two))
+    with gathered(model):
+        before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, two))
     model.train(training)
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-4):
         raise UserError(f"{place}: a {type(model).__name__} sees the tokens that it is to predict; it is not causal")
 
 
-def load_model(source: str | Path, objective: str, place: str, dropout: float = 0.0) -> Any:
-    """A Hugging Face language model from a folder or name, in fp32, from safetensors only.
+def load_model(
+    source: str | Path, objective: str, place: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A Hugging Face language model from a folder or name, from safetensors only.
 
     Raises:
         UserError: it cannot be loaded, or lacks weights that its class needs.
@@ -212,7 +216,7 @@ def load_model(source: str | Path, objective: str, place: str, dropout: float = 
     set_dropout(config, dropout)
     try:
         model, report = _auto(objective).from_pretrained(
-            str(source), config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            str(source), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # as above
         raise UserError(f"{place}: no model can be loaded from {source}: {reason(error)}") from None
@@ -226,7 +230,7 @@ def load_model(source: str | Path, objective: str, place: str, dropout: float = 
     return model
 
 
-def _outline(config: Any, objective: str) -> Any:
+def outline(config: Any, objective: str) -> Any:
     """The model without memory for its parameters."""
     with torch.device("meta"):
         return _auto(objective).from_config(config)
@@ -234,13 +238,13 @@ def _outline(config: Any, objective: str) -> Any:
 
 def count_parameters(config: Any, objective: str) -> int:
     """Parameters, tied ones once, without allocating them."""
-    return sum(p.numel() for p in _outline(config, objective).parameters())
+    return sum(p.numel() for p in outline(config, objective).parameters())
 
 
 def forward_flops(config: Any, objective: str, length: int, targets: float) -> float:
     """FLOPs of a forward pass over one sequence with so many target positions: the matrix products (2 a weight and
     token), attention scores and mixing (4 · S² · D a layer) and the head at the target positions."""
-    model = _outline(config, objective)
+    model = outline(config, objective)
     head = model.get_output_embeddings()
     weights = sum(
         module.weight.numel()

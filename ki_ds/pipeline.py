@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ki_ds import engine_config
+from ki_ds import engine_config, inference
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import FileSource, files
 from ki_ds.costs import cost, targets_per_sequence
@@ -74,6 +74,10 @@ def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = No
             lines.append(
                 f"{place}.inherit.targets.k: found {wanted.k}; expected at most the vocabulary size, {tokenizer.size}"
             )
+    asked = [one.name for one in stages(e) if one.kind == "teach" and unfinished("teach", one.name)]
+    if tokenizer is not None and asked and (kinds is None or "teach" in kinds):
+        teachers = [*dict.fromkeys(targets_needed(e, name).teacher for name in asked)]
+        gather(inference.check, space, teachers, tokenizer, processes)
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
 

@@ -9,7 +9,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ki_ds import engine_config, identities, models
+import torch
+
+from ki_ds import engine_config, identities, inference, models
 from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
@@ -66,13 +68,26 @@ class Workspace:
     @cached_property
     def engine_config(self) -> dict[str, Any]:
         """The DeepSpeed JSON, checked."""
-        given = self.experiment.engine
-        source = "engine" if isinstance(given, dict) else str(self.find(given, "engine"))
+        config, source = self._deepspeed_json(self.experiment.engine, "engine")
+        engine_config.check(config, source)
+        return config
+
+    @cached_property
+    def inference_config(self) -> dict[str, Any] | None:
+        """The DeepSpeed JSON by which teachers are partitioned, checked; None: they are not."""
+        given = self.experiment.inference
+        if given.engine is None:
+            return None
+        config, source = self._deepspeed_json(given.engine, "inference.engine")
+        inference.check_config(config, source, given.precision)
+        return config
+
+    def _deepspeed_json(self, given: str | dict[str, Any], place: str) -> tuple[dict[str, Any], str]:
+        source = place if isinstance(given, dict) else str(self.find(given, place))
         config = given if isinstance(given, dict) else read_json(Path(source))
         if not isinstance(config, dict):
             raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
-        engine_config.check(config, source)
-        return config
+        return config, source
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
@@ -166,9 +181,9 @@ class Workspace:
         self.check_fit(name, found.config)
         return found
 
-    def finished_model(self, name: str) -> Any:
+    def finished_model(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
         """A finished model, to teach or to be evaluated."""
-        found = models.load_model(self.model_folder(name), self.experiment.objective, f"models.{name}")
+        found = models.load_model(self.model_folder(name), self.experiment.objective, f"models.{name}", dtype=dtype)
         self.check_fit(name, found.config)
         return found
 
