@@ -12,7 +12,6 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -210,16 +209,3 @@ def agree(facts: dict[str, Any]) -> None:
                 lines.append(f"rank {other} (host {host}): {name} is {theirs.get(name)}; rank 0 has {value}")
     if lines:
         raise UserError("\n".join([*lines[:5], "Give every node the same files and the same versions of libraries."]))
-
-
-def share_out(count: int) -> Iterator[int]:
-    """Numbers below `count`, each to the rank that comes for it first. All ranks call this; it ends with a barrier."""
-    if world_size() == 1:
-        yield from range(count)
-        return
-    host = os.environ["MASTER_ADDR"]
-    port = from_first(free_port())
-    store = torch.distributed.TCPStore(host, port, is_master=rank() == 0)
-    while (number := store.add("next", 1) - 1) < count:
-        yield number
-    barrier()  # rank 0 holds the counter until all are done

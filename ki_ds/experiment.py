@@ -278,6 +278,26 @@ class Model(Strict):
         return self
 
 
+class Inference(Strict):
+    """How teachers are run; of this only the precision shapes what they say."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tensor_parallel: Positive = Field(1, description="ranks that share one copy of a teacher, each with a part of it")
+    engine: str | dict[str, Any] | None = Field(
+        None, description="DeepSpeed JSON, a file or the configuration itself, with ZeRO stage 3: a teacher is "
+        "partitioned over all ranks",
+    )  # fmt: skip
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences computed at once; default: 16, on a GPU as many as fit and pay"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Inference:
+        if self.engine is not None and self.tensor_parallel > 1:
+            raise ValueError('give "engine" (ZeRO-3) or "tensor_parallel" above 1, not both')
+        return self
+
+
 class Comparison(Strict):
     """A student shown against a baseline."""
 
@@ -301,6 +321,7 @@ class Experiment(Strict):
     engine: str | dict[str, Any] = Field(
         "ds_configs/engine/zero1_fp32.json", description="DeepSpeed JSON: a file, or the configuration itself"
     )
+    inference: Inference = Field(default_factory=lambda: Inference.model_validate({}))
     positions_per_shard: Annotated[int, Field(gt=0, le=1 << 20)] = Field(1024, description="sequences in a shard file")
     scales: dict[Name, dict[str, Any]] = Field({}, description="JSON merge patches (RFC 7396) over this file")
 

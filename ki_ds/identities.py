@@ -68,6 +68,8 @@ def _targets(space: Workspace, stage: Stage, viewing: dict[str, Any]) -> Identit
     config = {**viewing, "selection": selection.record, "scalars": scalars}
     if selection.kind != "sampled":
         config["target_distortion"] = space.experiment.target_distortion.mean
+    if (precision := space.experiment.inference.precision) != "fp32":
+        config["precision"] = precision
     folder = space.folder(stage)
     for name in (MANIFEST, UNSEALED):
         path = folder / name

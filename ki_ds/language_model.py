@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ki_ds.errors import UserError
 from ki_ds.kernels import PLAIN, KILoss, Logits, PackedTargets, ki_loss
 from ki_ds.kernels.logits import head
+from ki_ds.partitioned import gathered, shape
 
 
 class Head(nn.Module):
@@ -62,9 +63,9 @@ class LanguageModel(nn.Module):
         linear = model.get_output_embeddings()
         if not isinstance(linear, nn.Linear):
             raise UserError(f"{place}: {type(model).__name__} has no linear language-model head")
-        if linear.weight.shape[0] < vocabulary:
+        if shape(linear.weight)[0] < vocabulary:
             raise UserError(
-                f"{place}: the head knows {linear.weight.shape[0]} tokens, the tokenizer has {vocabulary}; "
+                f"{place}: the head knows {shape(linear.weight)[0]} tokens, the tokenizer has {vocabulary}; "
                 "expected a model made for this tokenizer"
             )
         self._parent, self._name = _holder(model, linear)
@@ -72,7 +73,8 @@ class LanguageModel(nn.Module):
         self._catch = _Catch()
         logits = None
         try:
-            logits = self._logits(model.eval(), linear)
+            with gathered(model):
+                logits = self._logits(model.eval(), linear)
         finally:
             model.train(training)
             if logits is None:
@@ -90,14 +92,15 @@ class LanguageModel(nn.Module):
     def _logits(self, model: Any, linear: nn.Linear) -> Logits | None:
         """What the model makes of its head's product, found by trial; None: something else. The head is taken out."""
         probe = torch.arange(2, device=linear.weight.device)[None, :]
-        standin = _StandIn(linear.weight.shape[0])
+        standin = _StandIn(shape(linear.weight)[0])
         setattr(self._parent[0], self._name, standin)
         found = model(input_ids=probe, use_cache=False).logits
         if standin.given is None:
             return None
         product = standin.logits(standin.given)
         if not torch.equal(found, product):
-            fitting = [form for form in _forms(model.config) if torch.allclose(found, form.of(product), rtol=1e-5)]
+            rtol = max(1e-5, 4 * torch.finfo(found.dtype).eps)
+            fitting = [form for form in _forms(model.config) if torch.allclose(found, form.of(product), rtol=rtol)]
             setattr(self._parent[0], self._name, self._catch)
             return fitting[0] if fitting else None
         setattr(self._parent[0], self._name, nn.Identity())

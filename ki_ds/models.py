@@ -10,6 +10,7 @@ from torch import nn
 
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.errors import UserError, nearest, reason
+from ki_ds.partitioned import gathered
 
 # layers, hidden size, heads, feed-forward size (Qin et al. 2022, table 5)
 SIZES = {
@@ -192,17 +193,20 @@ def check_causal(model: Any, place: str) -> None:
     """
     training = model.training
     model.eval()
-    one = torch.arange(4)[None, :] % model.config.vocab_size
+    one = torch.arange(4, device=next(model.parameters()).device)[None, :] % model.config.vocab_size
     two = one.clone()
     two[0, -1] = (two[0, -1] + 1) % model.config.vocab_size
-    before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, two))
+    with gathered(model):
+        before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, two))
     model.train(training)
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-4):
         raise UserError(f"{place}: a {type(model).__name__} sees the tokens that it is to predict; it is not causal")
 
 
-def load_model(source: str | Path, objective: str, place: str, dropout: float = 0.0) -> Any:
-    """A Hugging Face language model from a folder or name, in fp32, from safetensors only.
+def load_model(
+    source: str | Path, objective: str, place: str, dropout: float = 0.0, dtype: torch.dtype = torch.float32
+) -> Any:
+    """A Hugging Face language model from a folder or name, from safetensors only.
 
     Raises:
         UserError: it cannot be loaded, or lacks weights that its class needs.
@@ -212,7 +216,7 @@ def load_model(source: str | Path, objective: str, place: str, dropout: float = 
     set_dropout(config, dropout)
     try:
         model, report = _auto(objective).from_pretrained(
-            str(source), config=config, dtype=torch.float32, use_safetensors=True, output_loading_info=True
+            str(source), config=config, dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:  # as above
         raise UserError(f"{place}: no model can be loaded from {source}: {reason(error)}") from None

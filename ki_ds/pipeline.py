@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ki_ds import engine_config
+from ki_ds import engine_config, inference
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import FileSource, files
 from ki_ds.errors import StageFailed, UserError
-from ki_ds.graph import Kind, Stage, stages
+from ki_ds.graph import Kind, Stage, stages, targets_needed
 from ki_ds.heartbeat import Stopped
 from ki_ds.launch import LAUNCHED, Launch, launched
 from ki_ds.progress import say
@@ -77,6 +77,10 @@ def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = No
             lines.append(
                 f"{place}.inherit.targets.k: found {wanted.k}; expected at most the vocabulary size, {tokenizer.size}"
             )
+    asked = [one.name for one in stages(e) if one.kind == "teach" and unfinished("teach", one.name)]
+    if tokenizer is not None and asked and (kinds is None or "teach" in kinds):
+        teachers = [*dict.fromkeys(targets_needed(e, name).teacher for name in asked)]
+        gather(inference.check, space, teachers, tokenizer, processes)
     if lines:
         raise UserError("\n".join(dict.fromkeys(lines)))
 

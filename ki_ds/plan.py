@@ -16,9 +16,9 @@ from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.costs import cost, targets_per_sequence
 from ki_ds.experiment import Experiment
 from ki_ds.graph import Stage, stages, targets_needed
+from ki_ds.inference import MICRO_BATCH
 from ki_ds.pipeline import expected_tokenizer, stage_state
 from ki_ds.strict import read_json
-from ki_ds.teach import MICRO_BATCH
 from ki_ds.workspace import SHIPPED, Workspace
 
 GIB = 1 << 30

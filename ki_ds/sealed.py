@@ -12,6 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -82,7 +83,7 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # process ids of two nodes may be the same
     try:
         with temporary.open("wb") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
@@ -274,10 +275,10 @@ def seal(
     that are named like `synced` were flushed to disk when they were written."""
     for leftover in path.rglob("*.tmp"):
         if leftover.is_file():
-            leftover.unlink()
+            leftover.unlink(missing_ok=True)
     files = {}
     for file in sorted(path.rglob("*")):
-        listed = file.relative_to(path).parts[0] not in (*leave_out, MANIFEST, UNSEALED)
+        listed = file.relative_to(path).parts[0] not in (*leave_out, MANIFEST, UNSEALED) and file.suffix != ".tmp"
         if file.is_file() and listed:
             if not fnmatch(file.name, synced):
                 sync(file)  # the manifest must not outlive what it vouches for

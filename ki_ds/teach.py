@@ -1,12 +1,14 @@
 """Stage: teacher model + tokens → targets.
 
-The teacher runs under DeepSpeed inference, data parallel over ranks, over exactly the stream positions that the
-students read while α_t > 0. A shard is a fixed range of positions, computed in the same micro-batches whoever comes to
-it, so that an interrupted run continues and ends with the same bytes.
+The teacher runs under DeepSpeed (`ki_ds.inference`) over exactly the stream positions that the students read while
+α_t > 0. A shard is a fixed range of positions, computed in the same micro-batches whoever comes to it, so that an
+interrupted run continues and ends with the same bytes. After the start, ranks that have a teacher each need nothing of
+one another but the folder (`ki_ds.claims`).
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,17 +18,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
 
-from ki_ds import distributed
+from ki_ds import distributed, heartbeat
+from ki_ds.claims import Claims, sealed_by_one, shared
 from ki_ds.corpus.hashing import counter_hash, derive_key
 from ki_ds.corpus.masking import View, Viewer
 from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
 from ki_ds.experiment import Distortion
-from ki_ds.kernels.select import Predictions, select_targets
-from ki_ds.language_model import LanguageModel
+from ki_ds.inference import Teacher
+from ki_ds.kernels.select import Predictions
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state
 from ki_ds.targets.codec import Codec, Planes
@@ -34,7 +36,6 @@ from ki_ds.targets.folder import ShardFolder, finish
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import Block, check_bound, pack_block, write_shard
 
-MICRO_BATCH = 16  # sequences
 ENCODERS = 4  # threads that encode and compress while the teacher computes on
 
 
@@ -42,7 +43,7 @@ ENCODERS = 4  # threads that encode and compress while the teacher computes on
 class Lesson:
     """What a teacher is asked: the first `positions` of a corpus's stream, and what is kept of its answers."""
 
-    load: Callable[[], Any]  # the teacher as a Hugging Face model, loaded only where something is missing
+    teacher: Callable[[torch.device], Teacher]  # loaded only where something is missing
     teacher_name: str
     tokens: Tokens
     stream: CorpusStream
@@ -80,30 +81,67 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
         return sealed
     lesson = replace(lesson, positions=positions, positions_per_shard=per_shard)
     shards = ShardFolder(folder, positions, per_shard)
-    missing = distributed.from_first(shards.missing() if distributed.rank() == 0 else None)
-    engine = inference_engine(lesson, device)
-    done = (len(shards) - len(missing)) * lesson.positions_per_shard
-    shown = distributed.rank() == 0
-    with Progress(f"teach {folder.name}", lesson.positions, "sequences", done, shown) as progress:
-        for number in distributed.share_out(len(missing)):
-            progress.reach(done + number * lesson.positions_per_shard)  # what other ranks have taken counts too
-            start = missing[number] * lesson.positions_per_shard
-            end = min(start + lesson.positions_per_shard, lesson.positions)
-            blocks = compute(engine, lesson, np.arange(start, end), device, progress)
-            place = f"models.{lesson.teacher_name}: its targets from stream position {start} on"
-            check_bound(blocks, lesson.bound, lesson.codec, place)
-            write_shard(folder / shards.name(missing[number]), lesson.codec, lesson.header, start, blocks)
-    if distributed.rank() == 0:
-        if shards.missing():
-            raise UserError(
-                f"{folder}: shards that other ranks wrote are not here. --workdir must lie on a file system that all "
-                "nodes share."
-            )
+    claims = shared(shards)
+    if claims.left:
+        fill(shards, claims, lesson, device)
+
+    def seal() -> Manifest:
         for path in folder.glob("*.kit"):
-            if not shards.fits(path.name):
-                path.unlink()  # the last, partial shard of another length; whole ones are of use to a longer run
-        sealed = finish(folder, identity, positions, per_shard, lesson.header)
-    return distributed.from_first(sealed)
+            if not shards.fits(path.name):  # the last, partial shard of another length; whole ones serve a longer run
+                path.unlink(missing_ok=True)
+        return finish(folder, identity, positions, per_shard, lesson.header)
+
+    return sealed_by_one(claims, seal, f"teach {folder.name}")
+
+
+@torch.inference_mode()
+def fill(shards: ShardFolder, claims: Claims, lesson: Lesson, device: torch.device) -> None:
+    """Compute shards until all are there; every rank calls this.
+
+    Raises:
+        UserError: as `teach`.
+        Stopped: it was asked for.
+    """
+    folder, total = Path(shards.folder), lesson.positions
+    heartbeat.report(f"teach {folder.name}: loading models.{lesson.teacher_name}")
+    teacher = lesson.teacher(device)
+    done = total - len(claims.left) * lesson.positions_per_shard
+    shown = distributed.rank() == 0
+    try:
+        with Progress(f"teach {folder.name}", total, "sequences", max(done, 0), shown) as progress:
+            while (number := teacher.team.task(lambda: claims.next(teacher.team.backs_up))) is not None:
+                start = number * lesson.positions_per_shard
+                positions = np.arange(start, min(start + lesson.positions_per_shard, total))
+                there = min(claims.count() * lesson.positions_per_shard, total) if shown else 0
+
+                def told(here: int, number: int = number, count: int = len(positions), there: int = there) -> bool:
+                    """Say how far this shard is; whether it is still wanted."""
+                    heartbeat.report(f"teach {folder.name}: shard {number}, {here} of {count} sequences")
+                    progress.reach(there + here)
+                    progress.advance(0)
+                    return not claims.there(number)
+
+                blocks = compute(teacher, lesson, positions, device, told)
+                if blocks is not None and teacher.team.leads:
+                    place = f"models.{lesson.teacher_name}: its targets from stream position {start} on"
+                    check_bound(blocks, lesson.bound, lesson.codec, place)
+                    store(folder / shards.name(number), lesson, start, blocks)
+            progress.reach(total)
+    finally:
+        teacher.close()
+
+
+def store(path: Path, lesson: Lesson, start: int, blocks: list[Block]) -> None:
+    """Write a shard, which another rank may be writing too.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    try:
+        write_shard(path, lesson.codec, lesson.header, start, blocks)
+    except UserError:
+        if not path.exists():  # it was written by another rank, and its sealing has tidied up here
+            raise
 
 
 def complete(folder: Path, positions: int) -> bool:
@@ -117,67 +155,73 @@ def complete(folder: Path, positions: int) -> bool:
     )
 
 
-def inference_engine(lesson: Lesson, device: torch.device) -> Any:
-    """The teacher under DeepSpeed inference; called as a `Predictor`."""
-    import deepspeed
-
-    model = LanguageModel(lesson.load().eval(), lesson.codec.vocabulary, lesson.teacher_name)
-    predictor = Predictor(model, lesson.selection, lesson.codec).to(device)
-    return deepspeed.init_inference(predictor, dtype=torch.float32, replace_with_kernel_inject=False)
-
-
-class Predictor(nn.Module):
-    """What a teacher says at given positions."""
-
-    def __init__(self, model: LanguageModel, selection: Selection, codec: Codec):
-        super().__init__()
-        self.model, self.selection, self.codec = model, selection, codec
-
-    def forward(
-        self, input_ids_BS: Tensor, rows_N: Tensor, labels_N: Tensor, uniforms_NK: Tensor | None
-    ) -> Predictions:
-        """What is kept at N rows of the flattened input; a bounded number of logits at a time."""
-        hidden_ND = self.model.hidden(input_ids_BS, rows_N)
-        head, codec = self.model.head, self.codec
-        return select_targets(
-            hidden_ND, head.weight, head.bias, labels_N, self.selection, codec.quantum, codec.temperatures, uniforms_NK,
-            vocabulary=head.vocabulary, logits=head.logits,
-        )  # fmt: skip
-
-
-@torch.inference_mode()
 def compute(
-    engine: Any, lesson: Lesson, positions: np.ndarray, device: torch.device, progress: Progress
-) -> list[Block]:
-    """The frames of the given positions; compressed in threads while the teacher goes on.
+    teacher: Teacher, lesson: Lesson, positions: np.ndarray, device: torch.device, told: Callable[[int], bool]
+) -> list[Block] | None:
+    """The frames of the given positions, compressed in threads while the teacher goes on.
+
+    Args:
+        told: hears before every micro-batch how many positions are done, and says whether the rest is wanted.
+
+    Returns:
+        None: they are not wanted any more.
+
+    Raises:
+        UserError: the teacher's prediction is not a number, or memory is short for a single sequence.
+        Stopped: it was asked for.
+    """
+    blocks: list[Block] = []
+    waiting: deque[Future[Block]] = deque()
+    place, begin = f"models.{lesson.teacher_name}", 0
+    with ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders:
+        while begin < len(positions):
+            if not teacher.team.goes_on(told(begin)):
+                return None
+            asked = positions[begin : begin + teacher.micro_batch.size]
+            answer = ask(teacher, lesson, asked, device)
+            if answer is None:
+                teacher.micro_batch.failed(len(asked), place)
+                continue
+            planes, distortion_n, view = answer
+            if teacher.team.leads:
+                waiting.append(encoders.submit(_pack, lesson, planes, distortion_n, view))
+            if len(waiting) > ENCODERS:
+                blocks.append(waiting.popleft().result())
+            begin += len(asked)
+        blocks += [future.result() for future in waiting]
+    return blocks
+
+
+def ask(
+    teacher: Teacher, lesson: Lesson, positions: np.ndarray, device: torch.device
+) -> tuple[Planes, np.ndarray, View] | None:
+    """What a teacher says at stream positions, computed at once: packed rows, what packing cost each (nats), and what
+    the teacher saw; None: memory was short.
 
     Raises:
         UserError: the teacher's prediction is not a number.
     """
-    blocks: list[Block] = []
-    waiting: deque[Future[Block]] = deque()
+    sequences, views = lesson.stream.pairs(positions)
+    view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
+    rows = np.flatnonzero(view.targets_BS)
+    labels = view.labels_BS.reshape(-1)[rows]
     draw_key = derive_key("draw", lesson.stream.seed, lesson.stream.corpus)
-    with ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders:
-        for begin in range(0, len(positions), MICRO_BATCH):
-            sequences, views = lesson.stream.pairs(positions[begin : begin + MICRO_BATCH])
-            view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
-            rows = np.flatnonzero(view.targets_BS)
-            labels = view.labels_BS.reshape(-1)[rows]
-            drawn = uniforms(draw_key, sequences, views, rows, view, lesson.selection)
-            arrays = (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64), drawn)
-            found = engine(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
-            if torch.isnan(found.scalars["truth"]).any():
-                raise UserError(
-                    f"models.{lesson.teacher_name}: a prediction is not a number at stream position "
-                    f"{positions[begin]} of its corpus; the teacher's weights are broken"
-                )
-            planes, distortion_n = on_host(found, lesson.codec), found.distortion_N.cpu().numpy()
-            waiting.append(encoders.submit(_pack, lesson, planes, distortion_n, view))
-            if len(waiting) > ENCODERS:
-                blocks.append(waiting.popleft().result())
-            progress.advance(len(sequences))
-        blocks += [future.result() for future in waiting]
-    return blocks
+    drawn = uniforms(draw_key, sequences, views, rows, view, lesson.selection)
+    arrays = (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64), drawn)
+    began = time.perf_counter()
+    try:
+        found = teacher.predict(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
+        broken = bool(torch.isnan(found.scalars["truth"]).any())
+        planes, distortion_n = on_host(found, lesson.codec), found.distortion_N.cpu().numpy()
+    except torch.OutOfMemoryError:
+        return None
+    if broken:
+        raise UserError(
+            f"models.{lesson.teacher_name}: a prediction is not a number at stream position {positions[0]} of its "
+            "corpus; the teacher's weights are broken, or too large for inference.precision"
+        )
+    teacher.micro_batch.took(len(positions), time.perf_counter() - began)
+    return planes, distortion_n, view
 
 
 def on_host(found: Predictions, how: Codec) -> Planes:

@@ -7,10 +7,11 @@ import json
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from ki_ds import checkpoints, distributed, engine_config, heartbeat, teach, train
+from ki_ds import checkpoints, distributed, engine_config, heartbeat, inference, teach, train
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
@@ -128,16 +129,33 @@ def prepared(folder: Path, identity: Identity) -> Manifest | None:
 def teaching(stage: Stage, space: Workspace) -> None:
     """Store a teacher's predictions over a corpus."""
     folder, identity, device = begin(stage, space)
+    teach.teach(folder, identity, lesson(stage, space, identity), device)
+
+
+def lesson(stage: Stage, space: Workspace, identity: Identity) -> teach.Lesson:
+    """What a teach stage asks of which teacher.
+
+    Raises:
+        UserError: more is asked than there is, or the teacher cannot be run as the experiment says.
+    """
     needed, size = space.needed(stage), space.tokenizer.size
     selection, name = Selection(**identity.config["selection"]), needed.corpus
     if selection.kind != "sampled" and selection.k > size:
         raise UserError(f"inherit.targets.k: found {selection.k}; expected at most the tokenizer's vocabulary, {size}")
-    lesson = teach.Lesson(
-        lambda: space.finished_model(needed.teacher), needed.teacher, space.tokens(name), space.stream(name),
-        space.viewer(name), needed.positions, space.experiment.positions_per_shard, selection, space.codec(identity),
-        space.targets_header(stage, identity), space.experiment.target_distortion,
+    settings, codec = space.experiment.inference, space.codec(identity)
+    config = inference.check(space, [needed.teacher], space.tokenizer, distributed.world_size())
+
+    def teacher(device: torch.device) -> inference.Teacher:
+        def load(dtype: torch.dtype) -> Any:
+            return space.finished_model(needed.teacher, dtype)
+
+        return inference.teacher(load, needed.teacher, selection, codec, settings, config, device)
+
+    return teach.Lesson(
+        teacher, needed.teacher, space.tokens(name), space.stream(name), space.viewer(name), needed.positions,
+        space.experiment.positions_per_shard, selection, codec, space.targets_header(stage, identity),
+        space.experiment.target_distortion,
     )  # fmt: skip
-    teach.teach(folder, identity, lesson, device)
 
 
 def training(stage: Stage, space: Workspace) -> None:

@@ -9,7 +9,9 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from ki_ds import engine_config, identities, models, optimizers
+import torch
+
+from ki_ds import engine_config, identities, inference, models, optimizers
 from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
@@ -66,15 +68,29 @@ class Workspace:
     @cached_property
     def engine_config(self) -> dict[str, Any]:
         """The DeepSpeed JSON, checked."""
-        given, source = self.experiment.engine, self.engine_source
-        config = given if isinstance(given, dict) else read_json(Path(source))
-        if not isinstance(config, dict):
-            raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
+        config, source = self._deepspeed_json(self.experiment.engine, "engine")
         engine_config.check(config, source)
         for name, model in self.experiment.models.items():
             if model.train:
                 optimizers.check_fit(model.train, config, f"models.{name}", source)
         return config
+
+    @cached_property
+    def inference_config(self) -> dict[str, Any] | None:
+        """The DeepSpeed JSON by which teachers are partitioned, checked; None: they are not."""
+        given = self.experiment.inference
+        if given.engine is None:
+            return None
+        config, source = self._deepspeed_json(given.engine, "inference.engine")
+        inference.check_config(config, source, given.precision)
+        return config
+
+    def _deepspeed_json(self, given: str | dict[str, Any], place: str) -> tuple[dict[str, Any], str]:
+        source = place if isinstance(given, dict) else str(self.find(given, place))
+        config = given if isinstance(given, dict) else read_json(Path(source))
+        if not isinstance(config, dict):
+            raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
+        return config, source
 
     @property
     def engine_source(self) -> str:
@@ -174,9 +190,9 @@ class Workspace:
         self.check_fit(name, found.config)
         return found
 
-    def finished_model(self, name: str) -> Any:
+    def finished_model(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
         """A finished model, to teach or to be evaluated."""
-        found = models.load_model(self.model_folder(name), self.experiment.objective, f"models.{name}")
+        found = models.load_model(self.model_folder(name), self.experiment.objective, f"models.{name}", dtype=dtype)
         self.check_fit(name, found.config)
         return found
 

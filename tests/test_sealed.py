@@ -334,11 +334,12 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
 
 @needs_dev_full
 @pytest.mark.parametrize("size", [1, 1 << 20])
-def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, size):
+def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, size):
     """The temporary file is a link to a device that is always full, so that the kernel itself refuses the bytes."""
     path = tmp_path / "a"
     write_atomically(path, b"old")
-    (tmp_path / f"a.{os.getpid()}.tmp").symlink_to("/dev/full")
+    monkeypatch.setattr(sealed.secrets, "token_hex", lambda size: "0" * size)
+    (tmp_path / "a.0000.tmp").symlink_to("/dev/full")
     assert "Free some space, or choose another --workdir, and run the same command again" in refusal(
         write_atomically, path, b"x" * size
     )

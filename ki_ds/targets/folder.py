@@ -22,6 +22,7 @@ from ki_ds.targets.shard import Raw, Shard, shard_name
 from ki_ds.targets.source import Place, Source, join, names
 
 ASIDE = "aside"  # where `repair` keeps damaged shards
+CLAIMS = "claims"  # who computes what, while the folder is being filled
 MOST_SHARDS = 1 << 24
 SHARD_NAME = re.compile(r"targets-(\d{9,15})-(\d{9,15})\.kit")
 THREADS = 8  # of reads that wait for a server at the same time
@@ -170,7 +171,7 @@ def finish(
 ) -> sealed.Manifest:
     """Seal a targets folder whose shards are all there."""
     facts = {"positions": positions, "positions_per_shard": per_shard, "header": header}
-    return sealed.seal(folder, identity, facts, leave_out=(ASIDE,), synced="*.kit")
+    return sealed.seal(folder, identity, facts, leave_out=(ASIDE, CLAIMS), synced="*.kit")
 
 
 def read_facts(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
