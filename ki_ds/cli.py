@@ -64,7 +64,7 @@ def _run(
     settings: list[str] | None, only: str | None = None, name: str | None = None, launcher: str = "pdsh",
     launcher_args: str = "", restarts: int = 0, timeout: float = 10.0,
 ) -> None:  # fmt: skip
-    from ki_ds.launch import Launch, check, slots
+    from ki_ds.launch import Launch, check, hosts
     from ki_ds.pipeline import default_processes, run
 
     distributed.quiet()
@@ -77,7 +77,7 @@ def _run(
     arguments = [str(file.absolute()), "--workdir", str(space.root)]
     arguments += ["--scale", scale] if scale else []
     arguments += [part for setting in settings or () for part in ("--set", setting)]
-    ranks = slots(hostfile) if hostfile else processes or default_processes(space)
+    ranks = sum(hosts(hostfile).values()) if hostfile else processes or default_processes(space)
     control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
     launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
     check(launch)
@@ -164,11 +164,11 @@ def plan(
 
     from ki_ds import pipeline
     from ki_ds import plan as plans
-    from ki_ds.launch import slots
+    from ki_ds.launch import hosts
 
     distributed.quiet()
     space = _open(file, scale, workdir, settings)
-    ranks = slots(hostfile) if hostfile else processes or pipeline.default_processes(space)
+    ranks = sum(hosts(hostfile).values()) if hostfile else processes or pipeline.default_processes(space)
     pipeline.preflight(space, ranks)
     rows, lines = plans.plan(space, ranks, plans.room(ranks, memory, hostfile is not None))
     table = Table("stage", "state", *(column for column in COLUMNS), title=f"{space.experiment.name} in {space.root}")

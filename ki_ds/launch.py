@@ -25,7 +25,12 @@ from ki_ds.heartbeat import SIGNALS, Monitor
 from ki_ds.progress import say
 
 LAUNCHED = ("teach", "train", "evaluate")
-LAUNCHERS = {"pdsh": "pdsh", "openmpi": "ompi_info", "mpich": "mpirun", "slurm": "srun"}  # and the program it needs
+LAUNCHERS = {
+    "pdsh": "pdsh",
+    "openmpi": "ompi_info",
+    "mpich": "mpirun",
+    "slurm": "sinfo",
+}  # and its program
 LOOK_S = 0.5
 GRACE_S = 10.0
 DEFAULT_TIMEOUT_S = 600.0
@@ -57,7 +62,8 @@ def check(launch: Launch) -> None:
     """Refuse what cannot be started.
 
     Raises:
-        UserError: a launcher that is unknown or not installed, or an option that nothing reads.
+        UserError: a launcher that is unknown or not installed, nodes that ssh does not reach, or an option that nothing
+            reads.
     """
     if launch.launcher not in LAUNCHERS:
         raise UserError(f"--launcher: found {launch.launcher}; allowed: {', '.join(LAUNCHERS)}")
@@ -71,6 +77,19 @@ def check(launch: Launch) -> None:
             f"--launcher {launch.launcher}: the program {program} is not on PATH. Install it (see docs/cluster.md), "
             f"or choose another of {', '.join(LAUNCHERS)}"
         )
+    if launch.launcher == "pdsh" and (silent := _unreachable(list(hosts(launch.hostfile)))):
+        raise UserError(
+            f"{launch.hostfile}: ssh does not reach {', '.join(silent)} without a password. Try "
+            f"`ssh {silent[0]} true`; ssh-copy-id brings a key there; see docs/cluster.md"
+        )
+
+
+def _unreachable(names: list[str]) -> list[str]:
+    """Hosts on which ssh cannot run a command."""
+    command = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={GRACE_S:.0f}"]
+    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    tries = [(name, subprocess.Popen([*command, name, "true"], **quiet)) for name in names]  # type: ignore[call-overload]
+    return [name for name, process in tries if process.wait()]
 
 
 def launched(launch: Launch, group: list[Stage]) -> Outcome:
@@ -135,6 +154,8 @@ def _command(launch: Launch, group: list[Stage]) -> list[str]:
     program = ["--module", "ki_ds.cli"]
     if launch.hostfile:
         command += ["--hostfile", str(launch.hostfile), "--launcher", launch.launcher, "--force_multi"]
+        if launch.launcher != "pdsh":  # they start ranks by other means than ssh
+            command += ["--no_ssh_check", "--master_addr", next(iter(hosts(launch.hostfile)))]
         if launch.launcher_args:
             command += ["--launcher_args", launch.launcher_args]
         if launch.launcher == "slurm":
@@ -188,13 +209,13 @@ def _no_gpu() -> bool:
     return not torch.cuda.is_available()
 
 
-def slots(hostfile: Path) -> int:
-    """Ranks that a DeepSpeed host file asks for: lines `host slots=N`.
+def hosts(hostfile: Path) -> dict[str, int]:
+    """The nodes of a DeepSpeed host file, and how many ranks each takes: lines `host slots=N`.
 
     Raises:
         UserError: it cannot be read, or names no host.
     """
-    total = 0
+    found: dict[str, int] = {}
     try:
         lines = hostfile.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
@@ -205,7 +226,7 @@ def slots(hostfile: Path) -> int:
             continue
         if len(fields) != 2 or not fields[1].removeprefix("slots=").isdecimal():
             raise UserError(f"{hostfile}:{number}: found {line.strip()!r}; expected `hostname slots=N`")
-        total += int(fields[1].removeprefix("slots="))
-    if not total:
+        found[fields[0]] = int(fields[1].removeprefix("slots="))
+    if not sum(found.values()):
         raise UserError(f"{hostfile}: names no host; expected lines `hostname slots=N`")
-    return total
+    return found

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from launching import environment, folder_digest, ki_ds
+from launching import command, environment, folder_digest, ki_ds
 from tiny_experiment import tiny, trained
 
 from ki_ds import distributed
@@ -74,6 +74,45 @@ def test_srun_trains_the_same(finished, here, tmp_path):
     stand_in(tmp_path, 'test "$*" = "show hostnames localhost" && echo localhost')
     tasks = [srun(tmp_path, SLURM_PROCID=str(task), SLURM_LOCALID=str(task)) for task in (0, 1)]
     run("train", finished[0], here, *(([], task) for task in tasks), name="s")
+    assert trained(here, "s") == trained(finished[1], "s")
+
+
+def test_ki_ds_starts_ranks_by_open_mpi(finished, here, tmp_path):
+    if not shutil.which("ompi_info") or find_spec("mpi4py") is None:
+        pytest.skip("mpirun needs: apt-get install openmpi-bin; pip install mpi4py")
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    how = "--allow-run-as-root --oversubscribe --bind-to none --mca btl_tcp_if_include lo"
+    options = ("--hostfile", tmp_path / "hosts", "--launcher", "openmpi", "--launcher-args", how)
+    ki_ds("train", finished[0], "--workdir", here, "--name", "s", *options)
+    assert trained(here, "s") == trained(finished[1], "s")
+
+
+SRUN = """#!/bin/sh
+# srun -n N --export=… program: two tasks here
+while [ "${1#--export}" = "$1" ]; do shift; done; shift
+test "$2" = -u || exit 9
+SLURM_PROCID=0 SLURM_LOCALID=0 "$@" & first=$!
+SLURM_PROCID=1 SLURM_LOCALID=1 "$@"; code=$?
+wait $first || code=$?
+exit $code
+"""
+
+
+def test_ki_ds_starts_ranks_by_slurm(finished, here, tmp_path):
+    """With a stand-in for srun: what DeepSpeed calls it with must start ranks that find each other."""
+    for name, script in (("srun", SRUN), ("sinfo", "#!/bin/sh\n"), ("scontrol", "#!/bin/sh\necho localhost\n")):
+        (tmp_path / name).write_text(script)
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "hosts").write_text("localhost slots=2\n")
+    variables = srun(tmp_path)
+    given = environment() | {name: variables[name] for name in variables if name.startswith("SLURM_STEP")}
+    given |= {"SLURM_JOB_ID": "7", "PATH": variables["PATH"]}
+    options = ["--hostfile", tmp_path / "hosts", "--launcher", "slurm"]
+    done = subprocess.run(
+        command("train", finished[0], "--workdir", here, "--name", "s", *options), env=given, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=200,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
     assert trained(here, "s") == trained(finished[1], "s")
 
 
