@@ -289,7 +289,8 @@ def _partitioned(predictor: Callable[[], Predictor], config: dict[str, Any], pre
     model = predictor()
     del partitioning
     engine, *_ = deepspeed.initialize(model=model, config=joined, dist_init_required=False)
-    return engine.eval()
+    engine.eval()
+    return engine
 
 
 @contextlib.contextmanager

@@ -94,7 +94,6 @@ def teach(folder: Path, identity: Identity, lesson: Lesson, device: torch.device
     return sealed_by_one(claims, seal, f"teach {folder.name}")
 
 
-@torch.inference_mode()
 def fill(shards: ShardFolder, claims: Claims, lesson: Lesson, device: torch.device) -> None:
     """Compute shards until all are there; every rank calls this.
 
@@ -105,10 +104,9 @@ def fill(shards: ShardFolder, claims: Claims, lesson: Lesson, device: torch.devi
     folder, total = Path(shards.folder), lesson.positions
     heartbeat.report(f"teach {folder.name}: loading models.{lesson.teacher_name}")
     teacher = lesson.teacher(device)
-    done = total - len(claims.left) * lesson.positions_per_shard
-    shown = distributed.rank() == 0
+    done, shown = max(total - len(claims.left) * lesson.positions_per_shard, 0), distributed.rank() == 0
     try:
-        with Progress(f"teach {folder.name}", total, "sequences", max(done, 0), shown) as progress:
+        with torch.inference_mode(), Progress(f"teach {folder.name}", total, "sequences", done, shown) as progress:
             while (number := teacher.team.task(lambda: claims.next(teacher.team.backs_up))) is not None:
                 start = number * lesson.positions_per_shard
                 positions = np.arange(start, min(start + lesson.positions_per_shard, total))

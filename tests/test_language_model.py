@@ -181,6 +181,13 @@ def test_logits_that_are_scaled_or_capped_after_the_head(kind, vocabulary):
     assert torch.equal(whole(input_ids=ids).logits, before)
 
 
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite"])
+def test_a_change_after_the_head_is_found_in_half_precision(kind):
+    more, form = CHANGED[kind]
+    model = models.new_model(tiny_config(kind, "clm", **more), "clm", 0).to(torch.bfloat16)
+    assert LanguageModel(model, VOCABULARY).head.logits == form
+
+
 def test_hidden_states_are_not_held_between_steps():
     more, _ = CHANGED["gemma2"]
     taken = LanguageModel(models.new_model(tiny_config("gemma2", "clm", **more), "clm", 0), VOCABULARY)
