@@ -131,20 +131,23 @@ def runs(world, tmp_path_factory):  # noqa: F811
         "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(sys.path),
     }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(file)], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
+    said = file.with_name("said")
+    with said.open("w") as out:
+        ranks = [
+            subprocess.Popen(
+                [sys.executable, __file__, str(file)], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdout=out, stderr=subprocess.STDOUT,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=600)[0] for process in ranks]
+        alone = all_trained()  # meanwhile
+        codes = [process.wait(timeout=800) for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(said)
-    return {1: all_trained(), 2: torch.load(file)}
+    assert codes == [0, 0], said.read_text()
+    return {1: alone, 2: torch.load(file)}
 
 
 @pytest.fixture(scope="module")
