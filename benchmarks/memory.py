@@ -1,4 +1,4 @@
-"""Measures how much memory training takes on a rank, beside what `ki_ds.memory` says.
+"""Measures how much memory training takes on a rank, beside what `ki_ds.planning.memory` says.
 
     deepspeed --num_accelerators 2 --no_local_rank benchmarks/memory.py
     deepspeed --num_accelerators 2 --no_local_rank benchmarks/memory.py --architecture gpt-base --vocabulary 50265
@@ -18,13 +18,14 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from ki_ds import distributed, memory, models
-from ki_ds.activations import Pass, kept
+from ki_ds import distributed, models
 from ki_ds.batches import Plan
 from ki_ds.corpus import tokenizer as tokenizers
-from ki_ds.engine import Engine
+from ki_ds.engine.engine import Engine
 from ki_ds.experiment import Train
 from ki_ds.language_model import LanguageModel
+from ki_ds.planning import memory
+from ki_ds.planning.activations import Pass, kept
 
 SMALL = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4}
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def expected(config: Any, objective: str, a: argparse.Namespace, engine: dict[str, Any]) -> memory.Estimate:
-    """What `ki_ds.memory` says."""
+    """What `ki_ds.planning.memory` says."""
     model = memory.outlined(config, objective)
     how = Pass.of(a.sequences, a.length, engine, gpu=torch.cuda.is_available())
     tokens = a.sequences * a.length

@@ -163,8 +163,8 @@ def plan(
     from rich.table import Table
 
     from ki_ds import pipeline
-    from ki_ds import plan as plans
     from ki_ds.launch import hosts
+    from ki_ds.planning import plan as plans
 
     distributed.quiet()
     space = _open(file, scale, workdir, settings)

@@ -8,7 +8,7 @@ import shutil
 from importlib import metadata
 from pathlib import Path
 
-from ki_ds import apex, ops
+from ki_ds.engine import apex, ops
 from ki_ds.errors import UserError
 from ki_ds.progress import say
 

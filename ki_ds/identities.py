@@ -7,8 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ki_ds import engine_config
 from ki_ds.corpus.sources import FileSource, files
+from ki_ds.engine import config as engine_config
 from ki_ds.errors import UserError
 from ki_ds.experiment import Model
 from ki_ds.graph import Stage, targets_needed, taught_by

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ki_ds import engine_config, inference
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import FileSource, files
+from ki_ds.engine import config as engine_config
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.graph import Kind, Stage, stages, targets_needed
 from ki_ds.heartbeat import Stopped
+from ki_ds.inference import teacher as inference
 from ki_ds.launch import LAUNCHED, Launch, launched
 from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, check_identity, state

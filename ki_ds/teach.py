@@ -3,7 +3,7 @@
 The teacher runs under DeepSpeed (`ki_ds.inference`) over exactly the stream positions that the students read while
 α_t > 0. A shard is a fixed range of positions, computed in the same micro-batches whoever comes to it, so that an
 interrupted run continues and ends with the same bytes. After the start, ranks that have a teacher each need nothing of
-one another but the folder (`ki_ds.claims`).
+one another but the folder (`ki_ds.inference.claims`).
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 import torch
 
 from ki_ds import distributed, heartbeat
-from ki_ds.claims import Claims, sealed_by_one, shared
 from ki_ds.corpus.hashing import counter_hash, derive_key
 from ki_ds.corpus.masking import View, Viewer
 from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
 from ki_ds.experiment import Distortion
-from ki_ds.inference import Teacher
+from ki_ds.inference.claims import Claims, sealed_by_one, shared
+from ki_ds.inference.teacher import Teacher
 from ki_ds.kernels.select import Predictions
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state

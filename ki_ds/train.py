@@ -15,11 +15,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from ki_ds import checkpoints, distributed, heartbeat
+from ki_ds import distributed, heartbeat
 from ki_ds.batches import Loader, MicroBatch
 from ki_ds.corpus.hashing import derive_key
 from ki_ds.corpus.masking import Viewer
-from ki_ds.engine import Engine
+from ki_ds.engine import checkpoints
+from ki_ds.engine.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.experiment import Inherit, Train
 from ki_ds.inherit import alpha

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
-from ki_ds import checkpoints, distributed, engine_config, heartbeat, inference, teach, train
+from ki_ds import distributed, heartbeat, teach, train
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
-from ki_ds.costs import training_facts
-from ki_ds.engine import Engine
+from ki_ds.engine import checkpoints
+from ki_ds.engine import config as engine_config
+from ki_ds.engine.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.graph import Stage, stages
+from ki_ds.inference import teacher as inference
 from ki_ds.language_model import LanguageModel
 from ki_ds.perplexity import perplexity, validate
+from ki_ds.planning.costs import training_facts
 from ki_ds.progress import Progress, duration, finite, read_metrics, say
 from ki_ds.report import report
 from ki_ds.sealed import (

@@ -11,16 +11,19 @@ from typing import Any
 
 import torch
 
-from ki_ds import engine_config, identities, inference, models, optimizers
+from ki_ds import identities, models
 from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
 from ki_ds.corpus.stream import CorpusStream, Mix
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
+from ki_ds.engine import config as engine_config
+from ki_ds.engine import optimizers
 from ki_ds.errors import UserError
 from ki_ds.experiment import Experiment, Train
 from ki_ds.graph import Needed, Stage, needs, targets_needed, taught_by
+from ki_ds.inference import teacher as inference
 from ki_ds.inherit import teacher_steps
 from ki_ds.sealed import Identity, open_sealed
 from ki_ds.strict import read_json

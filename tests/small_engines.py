@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from ki_ds import distributed, engine_config, models, train
+from ki_ds import distributed, models, train
 from ki_ds.batches import MicroBatch, Plan
 from ki_ds.corpus import tokenizer as tokenizers
-from ki_ds.engine import Engine
+from ki_ds.engine import config as engine_config
+from ki_ds.engine.engine import Engine
 from ki_ds.experiment import Train
 from ki_ds.language_model import LanguageModel
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ki_ds import apex, ops
+from ki_ds.engine import apex, ops
 from ki_ds.errors import UserError, nearest
 from ki_ds.experiment import Train
 

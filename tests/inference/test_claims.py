@@ -8,9 +8,9 @@ import pytest
 from launching import folder_digest
 from teaching import TEACH, made, ranks
 
-from ki_ds import claims as module
-from ki_ds.claims import Claims, sealed_by_one, shared
 from ki_ds.errors import UserError
+from ki_ds.inference import claims as module
+from ki_ds.inference.claims import Claims, sealed_by_one, shared
 from ki_ds.sealed import Identity, prepare
 from ki_ds.targets.folder import CLAIMS, ShardFolder, finish
 

@@ -22,7 +22,7 @@ from ki_ds import distributed, models, train
 from ki_ds.batches import MicroBatch, Plan
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
-from ki_ds.engine import Engine
+from ki_ds.engine.engine import Engine
 from ki_ds.experiment import Inherit, Train
 from ki_ds.kernels import PackedTargets
 from ki_ds.language_model import LanguageModel

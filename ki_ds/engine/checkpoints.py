@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_ds import distributed, engine_config, heartbeat, optimizers, universal
+from ki_ds import distributed, heartbeat
+from ki_ds.engine import config as engine_config
+from ki_ds.engine import optimizers, universal
 from ki_ds.errors import UserError, reason
 from ki_ds.language_model import LanguageModel
 from ki_ds.progress import say

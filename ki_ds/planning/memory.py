@@ -22,9 +22,9 @@ from typing import Any, Literal, NamedTuple
 import torch
 
 from ki_ds import models
-from ki_ds.activations import Kept, Pass, kept
 from ki_ds.kernels.chunked import CHUNK_BYTES, LEAST_ROWS, MOST_ROWS
 from ki_ds.kernels.select import LOGIT_BYTES
+from ki_ds.planning.activations import Kept, Pass, kept
 
 Where = Literal["device", "host", "nvme"]
 Phase = Literal["always", "backward", "reduction", "step"]

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch.utils.checkpoint
 
-from ki_ds import apex, distributed, ops
+from ki_ds import distributed
+from ki_ds.engine import apex, ops
 from ki_ds.errors import UserError, nearest
 from ki_ds.language_model import LanguageModel
 

@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from ki_ds import ops
+from ki_ds.engine import ops
 from ki_ds.errors import UserError
 
 

@@ -10,14 +10,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ki_ds import engine_config, memory, models
-from ki_ds.activations import Kept, Pass, kept
+from ki_ds import models
 from ki_ds.corpus.tokenizer import TextTokenizer
-from ki_ds.costs import cost, targets_per_sequence
+from ki_ds.engine import config as engine_config
 from ki_ds.experiment import Experiment
 from ki_ds.graph import Stage, stages, targets_needed
-from ki_ds.inference import MICRO_BATCH
+from ki_ds.inference.teacher import MICRO_BATCH
 from ki_ds.pipeline import expected_tokenizer, stage_state
+from ki_ds.planning import memory
+from ki_ds.planning.activations import Kept, Pass, kept
+from ki_ds.planning.costs import cost, targets_per_sequence
 from ki_ds.strict import read_json
 from ki_ds.workspace import SHIPPED, Workspace
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from small_engines import batch, engine_of, new_student, settings, step, weights, world  # noqa: F401
 
-from ki_ds import checkpoints, identities, optimizers
+from ki_ds import identities
+from ki_ds.engine import checkpoints, optimizers
 from ki_ds.errors import UserError
 from ki_ds.experiment import Model
 
@@ -253,7 +254,7 @@ def test_apex_layer_norm_computes_the_same_and_exports_the_same(install, stage, 
 
 def test_apex_layer_norm_for_a_model_without_one(install):
     install(FAKE)
-    from ki_ds import apex
+    from ki_ds.engine import apex
 
     with pytest.raises(UserError, match=r"no torch\.nn\.LayerNorm with weight and bias"):
         apex.swap_layer_norms(torch.nn.Sequential(torch.nn.RMSNorm(4), torch.nn.LayerNorm(4, bias=False)))

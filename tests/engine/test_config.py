@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from small_engines import settings
 
-from ki_ds import engine_config
+from ki_ds.engine import config as engine_config
 from ki_ds.errors import UserError
 from ki_ds.experiment import Train
 

@@ -7,10 +7,11 @@ import pytest
 import torch
 from small_engines import STAGES, VOCABULARY, batch, new_engine, step, world  # noqa: F401
 
-from ki_ds import memory, models
-from ki_ds.activations import Kept, Pass, kept, saved_bytes
+from ki_ds import models
 from ki_ds.corpus import tokenizer as tokenizers
-from ki_ds.memory import Micro, Model, Setting, estimate
+from ki_ds.planning import memory
+from ki_ds.planning.activations import Kept, Pass, kept, saved_bytes
+from ki_ds.planning.memory import Micro, Model, Setting, estimate
 
 NOTHING = Micro(0, 0, 0, Kept(0, 0, 0))
 PADDING = 64  # bytes: partitions are aligned

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from ki_ds import distributed, models
 from ki_ds.errors import UserError, nearest, reason
+from ki_ds.inference.teams import Alone, Cut, InStep
 from ki_ds.kernels.select import Predictions, select_targets
 from ki_ds.language_model import LanguageModel
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.selection import Selection
-from ki_ds.teams import Alone, Cut, InStep
 
 if TYPE_CHECKING:
     from ki_ds.corpus.tokenizer import TextTokenizer

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from ki_ds import engine_config, features, optimizers
 from ki_ds.batches import Plan
+from ki_ds.engine import config as engine_config
+from ki_ds.engine import features, optimizers
+from ki_ds.engine.loss_scale import LossScale
 from ki_ds.experiment import Train
 from ki_ds.language_model import LanguageModel
-from ki_ds.loss_scale import LossScale
 
 
 class Engine:

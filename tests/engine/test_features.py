@@ -7,7 +7,7 @@ import pytest
 import torch
 from small_engines import engine_of, step, weights, world  # noqa: F401
 
-from ki_ds import checkpoints, features
+from ki_ds.engine import checkpoints, features
 from ki_ds.errors import UserError
 
 compiled = pytest.mark.skipif(shutil.which("g++") is None, reason="DeepSpeed's CPUAdam is compiled with g++")

@@ -7,12 +7,13 @@ import pytest
 import torch
 from teaching import made, opened
 
-from ki_ds import heartbeat, inference, pipeline, teach
+from ki_ds import heartbeat, pipeline, teach
 from ki_ds.errors import UserError
 from ki_ds.experiment import Inference
 from ki_ds.graph import Stage
-from ki_ds.inference import MICRO_BATCH, MicroBatch, Teacher, check_config
-from ki_ds.teams import Alone
+from ki_ds.inference import teacher as inference
+from ki_ds.inference.teacher import MICRO_BATCH, MicroBatch, Teacher, check_config
+from ki_ds.inference.teams import Alone
 from ki_ds.worker import lesson
 
 ZERO3 = {"zero_optimization": {"stage": 3}}

@@ -5,10 +5,10 @@ import re
 
 import pytest
 
-from ki_ds import plan
 from ki_ds.cli import main
 from ki_ds.graph import load_experiment
-from ki_ds.plan import GIB, PROCESS, Need, Room, in_order, offload, shipped_engines, verdict
+from ki_ds.planning import plan
+from ki_ds.planning.plan import GIB, PROCESS, Need, Room, in_order, offload, shipped_engines, verdict
 from ki_ds.workspace import Workspace
 
 TEXT = "One sentence follows another, and both are short.\n\n" * 50
@@ -93,7 +93,7 @@ def test_host_memory_counts_too(needed):
 
 
 def test_two_sizes_tell_of_all(needed):
-    from ki_ds.activations import Pass, kept
+    from ki_ds.planning.activations import Pass, kept
 
     for engine in ENGINES.values():
         how = Pass.of(5, 32, engine, gpu=True)

@@ -14,9 +14,10 @@ import torch
 from launching import environment
 from small_engines import batch, course, new_engine, weights, world  # noqa: F401
 
-from ki_ds import checkpoints, distributed, train
+from ki_ds import distributed, train
 from ki_ds.batches import Plan
 from ki_ds.distributed import free_port
+from ki_ds.engine import checkpoints
 
 SAVED_BY_TWO = ((0, False), (1, False), (3, False))  # ZeRO stage, whether in bf16
 SAVED_BY_ONE = ((2, True), (3, False))
@@ -79,7 +80,7 @@ def runs(tmp_path_factory):
         sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank", "--num_gpus", "2",
         "--master_port", str(free_port()), __file__, str(root),
     ]  # fmt: skip
-    tests = str(Path(__file__).parent)
+    tests = str(Path(__file__).parent.parent)
     given = {**environment(), "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"}
     done = subprocess.run(command, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280)
     assert done.returncode == 0, done.stdout[-4000:]

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ki_ds import distributed, features, optimizers
+from ki_ds import distributed
+from ki_ds.engine import features, optimizers
 from ki_ds.errors import UserError, nearest
 from ki_ds.experiment import Train
 

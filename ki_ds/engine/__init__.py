@@ -1,0 +1,1 @@
+"""The DeepSpeed engine: what its JSON may say, optimizers, checkpoints."""

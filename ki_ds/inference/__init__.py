@@ -1,0 +1,1 @@
+"""Teachers: their engines, and how ranks share the work."""
