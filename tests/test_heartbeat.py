@@ -1,5 +1,6 @@
 """Signs of life: who is blamed for a run that stands still, and how ranks end that nobody watches any more."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -106,7 +107,7 @@ RANK = """
 import sys, time
 from pathlib import Path
 from ki_ds import heartbeat
-heartbeat.start(Path(sys.argv[1]), int(sys.argv[2]), 2, 2.0, watched=sys.argv[3] == "watched")
+heartbeat.start(Path(sys.argv[1]), int(sys.argv[2]), 2, 4.0, watched=sys.argv[3] == "watched")
 while True:
     heartbeat.report("work")
     if heartbeat.asked_to_stop():
@@ -116,7 +117,9 @@ while True:
 """
 
 
+@contextlib.contextmanager
 def ranks(folder, watched):
+    """Two ranks that have appeared; nothing is left of them."""
     found = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(folder), str(rank), watched], stderr=subprocess.PIPE, text=True
@@ -127,31 +130,36 @@ def ranks(folder, watched):
     while not all((folder / f"rank-0000{rank}.json").exists() for rank in (0, 1)):
         assert time.monotonic() < limit
         time.sleep(0.05)
-    return found
+    try:
+        yield found
+    finally:
+        for one in found:
+            one.kill()
+            one.communicate()
 
 
 def test_rank_0_watches_where_nobody_else_does(tmp_path):
-    first, second = ranks(tmp_path, "alone")
-    os.kill(second.pid, signal.SIGSTOP)
-    assert first.wait(60) == 1
-    assert f"process {second.pid}): no sign of life for 2s; last: work; this run stops" in first.stderr.read()
-    os.kill(second.pid, signal.SIGCONT)
-    assert second.wait(60) == 1
+    with ranks(tmp_path, "alone") as (first, second):
+        os.kill(second.pid, signal.SIGSTOP)
+        assert first.wait(60) == 1
+        assert f"process {second.pid}): no sign of life for 4s; last: work; this run stops" in first.stderr.read()
+        os.kill(second.pid, signal.SIGCONT)
+        assert second.wait(60) == 1
 
 
 def test_ranks_do_as_they_are_told_and_end_when_they_hear_nothing(tmp_path):
-    monitor = Monitor(tmp_path, 2, 2.0)
+    monitor = Monitor(tmp_path, 2, 4.0)
     for word, code in (("save", 75), ("stop", 1), ("", 1)):
         folder = tmp_path / (word or "nothing")
         monitor.folder = folder
-        both = ranks(folder, "watched")
-        for _ in range(4):
-            monitor.say("run")
-            time.sleep(0.2)
-        if word:
-            monitor.say(word)
-        assert [one.wait(60) for one in both] == [code, code]
-        assert ("nothing heard for 2s" in both[0].stderr.read()) == (word == "")
+        with ranks(folder, "watched") as both:
+            for _ in range(4):
+                monitor.say("run")
+                time.sleep(0.2)
+            if word:
+                monitor.say(word)
+            assert [one.wait(60) for one in both] == [code, code]
+            assert ("nothing heard for 4s" in both[0].stderr.read()) == (word == "")
 
 
 def test_second_signal_ends_at_once(tmp_path):
