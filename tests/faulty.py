@@ -84,13 +84,13 @@ class Running:
         """The process id of DeepSpeed's launcher, which started the ranks."""
         return next(pid for pid in self.everything() if b"deepspeed.launcher.launch" in command_line(pid))
 
-    def end(self, code):
-        """Wait for the end: its exit code, and that nothing is left running."""
+    def end(self, *codes):
+        """Wait for the end: its exit code is one of these, and nothing is left running."""
         while self.process.poll() is None:
             self.everything()
             assert time.monotonic() < self.limit, f"hangs:\n{self.output}"
             time.sleep(0.05)
-        assert self.process.returncode == code, self.output
+        assert self.process.returncode in codes, self.output
         limit = time.monotonic() + 20
         while left := [pid for pid in self.started if alive(pid)]:
             assert time.monotonic() < limit, f"still running: {left}"

@@ -5,14 +5,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 
 import pytest
 from launching import ki_ds, write
 
 from ki_ds.batches import Plan
 from ki_ds.cli import main
-from ki_ds.distributed import free_port
 from ki_ds.errors import UserError
 from ki_ds.graph import load_experiment
 from ki_ds.workspace import Workspace
@@ -310,27 +308,6 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, cap
     said = student(2)
     assert "the teacher saw another input than the student is about to see" in said
     assert not (work / "models" / "s" / "manifest.json").exists()
-
-
-def test_ranks_that_differ_are_noticed(tmp_path):
-    """Two ranks with different experiment files: both stop, whichever is at fault."""
-    script = tmp_path / "rank.py"
-    script.write_text(
-        "from ki_ds import distributed\n"
-        "distributed.initialise()\n"
-        "try:\n"
-        "    distributed.agree('experiment', str(distributed.rank()))\n"
-        "except Exception as error:\n"
-        "    print(error, flush=True)\n"
-        "    raise SystemExit(2)\n"
-    )
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--no_local_rank", "--num_gpus", "2"]
-    done = subprocess.run(
-        [*launcher, "--master_port", str(free_port()), str(script)], capture_output=True, text=True,
-        env=os.environ | {"DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert "rank 1: another experiment than rank 0" in done.stdout
 
 
 def test_wrong_options_exit_with_two(tmp_path, capsys):

@@ -81,7 +81,9 @@ def test_extras_exist():
 
 def test_programs_that_doctor_looks_for_are_installed():
     installed = (ROOT / "docker" / "system.sh").read_text().split("apt-get install")[1].split("rm -rf")[0].split()
-    assert {re.search(r"apt-get install (\S+)", remedy)[1] for remedy in doctor.PROGRAMS.values()} <= set(installed)
+    wanted = [re.search(r"apt-get install (\S+)", remedy) for remedy in doctor.PROGRAMS.values()]
+    assert len(packages := {found[1] for found in wanted if found}) >= 4
+    assert packages <= set(installed)
 
 
 def test_the_manual_names_what_there_is():

@@ -45,7 +45,7 @@ def test_offloaded_run_is_resumed(stage, tmp_path):
     one = engine_of(offloaded(stage))
     for number in range(2):
         step(one, number)
-    checkpoints.save(one.deepspeed, tmp_path, 2, keep=1, state={"step": 2, "state": {}})
+    checkpoints.save(one.deepspeed, tmp_path, 2, keep=1, state={})
     two = engine_of(offloaded(stage))
     assert checkpoints.resume(two.deepspeed, tmp_path, {}) == 2
     for engine in (one, two):

@@ -103,7 +103,8 @@ def test_two_sizes_tell_of_all(needed):
 def test_engines_are_tried_without_offload_then_in_the_same_precision_then_by_stage():
     shipped = shipped_engines()
     assert {"zero0_fp32.json", "zero3_bf16.json"} <= shipped.keys()
-    bf16 = [name for name, config in in_order(shipped, {"bf16": {"enabled": True}}) if not offload(config)]
+    plain = {name: config for name, config in shipped.items() if name.count("_") == 1}
+    bf16 = [name for name, config in in_order(plain, {"bf16": {"enabled": True}}) if not offload(config)]
     assert bf16[:4] == ["zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json", "zero0_fp32.json"]
     fp32 = [name for name, _ in in_order(shipped, LARGE)]
     assert fp32[:4] == [f"zero{stage}_fp32.json" for stage in range(4)]
