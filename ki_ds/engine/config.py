@@ -80,6 +80,12 @@ def check(config: dict[str, Any], source: str) -> None:
             f"{source}: {halves[0]} with ZeRO stage 0: DeepSpeed takes a wrong first optimizer step there; "
             'expected "zero_optimization": {"stage": 1} or higher'
         )
+    autocast = config.get("torch_autocast", {})
+    if isinstance(autocast, dict) and autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16"):
+        raise UserError(
+            f"{source}: torch_autocast.dtype: {autocast['dtype']} needs a loss scale, which DeepSpeed does not keep at "
+            'every stage; expected "bfloat16", or "fp16": {"enabled": true} in place of torch_autocast'
+        )
     _offload(config, source)
     _described(config, source)
     optimizers.check(config, source)
