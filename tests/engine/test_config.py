@@ -28,6 +28,7 @@ BF16 = {"bf16": {"enabled": True}}
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the experiment owns"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
         (BF16, "ZeRO stage 0"),
+        ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'float16 needs a loss scale.*expected "bfloat16"'),
         ({"zero_optimisation": {"stage": 3}}, 'unknown key.*did you mean "zero_optimization"'),
         ({"amp": {"enabled": True}}, "amp: unknown key"),
         ({"fp16": True}, "fp16: found true; expected an object"),
