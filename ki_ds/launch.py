@@ -15,6 +15,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import mkdtemp
 from types import FrameType
 from typing import Literal
 
@@ -42,7 +43,7 @@ class Launch:
 
     arguments: list[str]
     processes: int
-    control: Path  # the folder of the ranks' signs of life, on a file system that all nodes see
+    control: Path  # where the ranks give signs of life, on a file system that all nodes see
     hostfile: Path | None = None
     launcher: str = "pdsh"  # for several nodes
     launcher_args: str = ""
@@ -94,8 +95,10 @@ def _unreachable(names: list[str]) -> list[str]:
 
 def launched(launch: Launch, group: list[Stage]) -> Outcome:
     """Run engine stages in ranks of their own, to the end."""
-    process = subprocess.Popen(_command(launch, group), env=_environment(launch), start_new_session=True)
-    monitor = Monitor(launch.control, launch.processes, launch.timeout_s)
+    launch.control.mkdir(parents=True, exist_ok=True)
+    control = Path(mkdtemp(dir=launch.control))  # its own: what an earlier launch was told is not for these ranks
+    process = subprocess.Popen(_command(launch, group, control), env=_environment(launch), start_new_session=True)
+    monitor = Monitor(control, launch.processes, launch.timeout_s)
     word, asked = "run", False
 
     def save(_number: int, _frame: FrameType | None) -> None:
@@ -124,7 +127,8 @@ def launched(launch: Launch, group: list[Stage]) -> Outcome:
         say(f"error: {silent}; everything is stopped")
         return Outcome(1, "silent")
     stopped = asked or "stopped" in monitor.ended()
-    shutil.rmtree(launch.control, ignore_errors=True)
+    if not (launch.hostfile and monitor.living()):  # who comes back from a network that was away is to find "stop"
+        shutil.rmtree(control, ignore_errors=True)
     return Outcome(process.returncode, "stopped" if stopped and process.returncode else "ended")
 
 
@@ -149,7 +153,7 @@ def _stop(process: subprocess.Popen[bytes], monitor: Monitor, launch: Launch) ->
             time.sleep(0.05)
 
 
-def _command(launch: Launch, group: list[Stage]) -> list[str]:
+def _command(launch: Launch, group: list[Stage], control: Path) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
     program = ["--module", "ki_ds.cli"]
     if launch.hostfile:
@@ -163,7 +167,7 @@ def _command(launch: Launch, group: list[Stage]) -> list[str]:
     else:
         # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
         command += ["--hostfile", os.devnull, "--master_addr", "127.0.0.1", *_resources(launch.processes)]
-    arguments = [*launch.arguments, "--control", str(launch.control), "--timeout", str(launch.timeout_s / 60)]
+    arguments = [*launch.arguments, "--control", str(control), "--timeout", str(launch.timeout_s / 60)]
     arguments += [part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}")]
     if launch.hostfile is None:
         arguments += ["--parent", str(os.getpid())]

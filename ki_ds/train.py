@@ -141,6 +141,7 @@ def accumulate(
     torch.manual_seed(derive_key("dropout", course.seed, step, distributed.rank()) & ((1 << 63) - 1))
     sums = torch.zeros(3, dtype=torch.float64, device=device)
     for micro in batch:
+        heartbeat.count()
         result = engine.deepspeed(*micro.to(device), temperature)
         # DeepSpeed divides by micro-batches and averages over ranks; the mean wanted is over all target positions
         engine.deepspeed.backward(result.loss * (world * len(batch) / max(targets, 1)))

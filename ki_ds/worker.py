@@ -180,7 +180,11 @@ def training(stage: Stage, space: Workspace) -> None:
     checkpoints.export(engine.deepspeed, folder / "model")
     if distributed.rank() == 0:
         space.tokenizer.hugging_face.save_pretrained(folder / "model")
-        weights = {file.name: file_digest(file) for file in sorted((folder / "model").glob("*.safetensors"))}
+        weights = {}
+        for file in sorted((folder / "model").glob("*.safetensors")):
+            heartbeat.report(f"{stage}: reading {file.name} once more")
+            weights[file.name] = file_digest(file)
+        heartbeat.report(f"{stage}: sealing")
         lines = read_metrics(folder / "metrics.jsonl")
         facts = {"content": digest(weights), **train.counts(lines), **training_facts(space, name)}
         seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
