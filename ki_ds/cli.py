@@ -249,6 +249,15 @@ def worker(
     space = _open(file, scale, workdir, settings)
     signs = control or space.root / ".control" / distributed.meeting_place()
     heartbeat.start(signs, distributed.rank(), distributed.world_size(), 60 * timeout, watched=control is not None)
+    try:
+        _work(space, kinds, names)
+    finally:
+        if control is None and distributed.rank() == 0:
+            shutil.rmtree(signs, ignore_errors=True)
+    heartbeat.end("done")
+
+
+def _work(space: Any, kinds: str, names: list[str] | None) -> None:
     from ki_ds.worker import work
 
     known = [stage for stage in stages(space.experiment) if stage.kind in kinds.split(",")]
@@ -260,9 +269,6 @@ def worker(
     chosen = [stage for stage in known if not names or {stage.name, f"{stage.kind}:{stage.name}"} & set(names)]
     for stage in chosen:
         work(stage, space)
-    heartbeat.end("done")
-    if control is None and distributed.rank() == 0:
-        shutil.rmtree(signs, ignore_errors=True)
 
 
 def version(shown: bool) -> None:
@@ -291,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(failed.code) from None
     except heartbeat.Stopped:
         heartbeat.end("stopped")
-        if distributed.rank() == 0:
+        if distributed.rank() == 0 and not heartbeat.HERE.watched:
             print("stopped, as asked; the same command goes on from here", file=sys.stderr, flush=True)
         raise SystemExit(heartbeat.REQUEUE) from None
     except RuntimeError as error:

@@ -104,7 +104,7 @@ def _first_host(nodes: str) -> str:
 def meeting_place() -> str:
     """A name for this run that all its ranks know before they have met."""
     complete_environment()
-    return f"port-{os.environ['MASTER_PORT']}"
+    return f"{os.environ.get('MASTER_ADDR', 'mpi')}-{os.environ['MASTER_PORT']}"
 
 
 def free_port() -> int:
@@ -126,7 +126,7 @@ def initialise() -> torch.device:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.distributed.is_initialized():
         # the heart beat is to be the first to notice, since it can say which rank is missing
-        limit = timedelta(seconds=heartbeat.HERE.timeout_s + 60)
+        limit = timedelta(seconds=heartbeat.PATIENCE * heartbeat.HERE.timeout_s + 60)
         port = int(os.environ["MASTER_PORT"])
         deepspeed.init_distributed(verbose=False, timeout=limit, distributed_port=port)
     if torch.cuda.is_available():

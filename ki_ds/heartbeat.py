@@ -23,6 +23,8 @@ from typing import Any
 from ki_ds.progress import duration
 
 PERIOD_S = 1.0
+PATIENCE = 6  # a long piece of work may take so many times the limit
+EXPLAINED_S = 3.0  # within which a SIGTERM that is to save is followed by the monitor's word
 RECORD_BYTES = 512  # every file has this size, and is written in place: a full disk does not stop a heart
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
@@ -42,16 +44,22 @@ class Pulse:
         self.rank, self.count, self.progress = 0, 0, 0
         self.doing, self.waiting, self.ended = "starting", False, ""
         self.asked = threading.Event()  # to save and end
+        self.watched = False  # by the process that started the ranks
+        self.terminated: float | None = None  # since when SIGTERM waits for an explanation
+        self.patience = 1  # how many times the usual limit this may take
+        self.lock = threading.Lock()
         self.timeout_s = 600.0
 
     def write(self) -> None:
         """Say how this rank is."""
-        self.count += 1
-        if self.file is not None:
-            write_record(self.file, {
-                "rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self.count,
-                "progress": self.progress, "doing": self.doing[:200], "waiting": self.waiting, "ended": self.ended,
-            })  # fmt: skip
+        with self.lock:
+            self.count += 1
+            if self.file is not None:
+                write_record(self.file, {
+                    "rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self.count,
+                    "progress": self.progress, "doing": self.doing[:200], "waiting": self.waiting, "ended": self.ended,
+                    "asked": self.asked.is_set(), "patience": self.patience,
+                })  # fmt: skip
 
 
 HERE = Pulse()
@@ -67,6 +75,17 @@ def report(doing: str, waiting: bool = False) -> None:
 def count() -> None:
     """Say that this rank gets on with what it reported last."""
     HERE.progress += 1
+
+
+@contextlib.contextmanager
+def lengthy(doing: str) -> Any:
+    """Around one long piece of work of a library, which cannot say that it gets on."""
+    report(doing)
+    HERE.patience = PATIENCE
+    try:
+        yield
+    finally:
+        HERE.patience = 1
 
 
 @contextlib.contextmanager
@@ -97,8 +116,13 @@ def stop_if_asked() -> None:
 
 def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: bool) -> None:
     """Begin to give signs of life, and to listen for the monitor's word; `watched`: by the process that started the
-    ranks, else rank 0 watches. SIGTERM and SIGUSR1 from now on ask for saving and ending; a second one ends at once."""
+    ranks, else rank 0 watches. SIGTERM and SIGUSR1 from now on ask for saving and ending; a second one ends at once.
+
+    To ranks that are watched, SIGTERM alone says nothing: it comes with a preemption, of which the monitor hears too,
+    and from a launcher that ends the ranks because one of them has died. Without the monitor's word they end.
+    """
     HERE.rank, HERE.file, HERE.timeout_s = rank, folder / f"rank-{rank:05d}.json", timeout_s
+    HERE.watched = watched
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     HERE.write()
@@ -115,28 +139,35 @@ def end(how: str) -> None:
 
 
 def _on_signal(number: int, _frame: Any) -> None:
+    if HERE.watched and number == signal.SIGTERM:
+        HERE.terminated = HERE.terminated or time.monotonic()
+        return
     if HERE.asked.is_set():
         os._exit(128 + number)
     HERE.asked.set()
 
 
 def _live(folder: Path, timeout_s: float, monitor: Monitor | None) -> None:
-    word, heard = None, time.monotonic()
+    # what stands there before rank 0 watches is of an earlier run
+    old = None if HERE.watched else read_record(folder / "word.json")
+    word, heard = old, time.monotonic()
     while True:
         HERE.write()
         if monitor is not None:
             silent = monitor.look()
-            monitor.say("stop" if silent else "run")
+            monitor.say("stop" if silent else "save" if monitor.asked else "run")
             if silent:
                 _leave(f"{silent}; this run stops")
         found = read_record(folder / "word.json")
         if found != word:
             word, heard = found, time.monotonic()
-        said = (word or {}).get("say")
+        said = (word or {}).get("say") if word != old else None
         if said == "stop":
-            _leave(None)
+            _leave(None if HERE.watched else f"rank {HERE.rank}: stops, as rank 0 says")
         if said == "save":
             HERE.asked.set()
+        if HERE.terminated and not HERE.asked.is_set() and time.monotonic() - HERE.terminated > EXPLAINED_S:
+            _leave(None)
         if time.monotonic() - heard > timeout_s + 10 * PERIOD_S:
             _leave(f"rank {HERE.rank}: nothing heard for {duration(timeout_s)} from the process that watches this run")
         time.sleep(PERIOD_S)
@@ -193,7 +224,11 @@ class Monitor:
         """As `look`, from what was seen before."""
         left = {rank: seen for rank, seen in self.seen.items() if not seen.record.get("ended")}
         dead = [rank for rank, seen in left.items() if now - seen.alive_since > self.timeout_s]
-        stuck = [rank for rank, seen in left.items() if now - seen.progress_since > self.timeout_s]
+        stuck = [
+            rank
+            for rank, seen in left.items()
+            if now - seen.progress_since > self.timeout_s * seen.record.get("patience", 1)
+        ]
         blamed = dead or [rank for rank in stuck if not left[rank].record.get("waiting")]
         if not blamed and len(stuck) < len(left):
             return ""  # who waits for others is not to blame
@@ -211,6 +246,11 @@ class Monitor:
             f"rank {rank} (host {record.get('host')}, process {record.get('process')}): {sign} for "
             f"{duration(self.timeout_s)}; last: {record.get('doing')}"
         )
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has asked any rank to save and end."""
+        return any(seen.record.get("asked") for seen in self.seen.values())
 
     def living(self) -> list[int]:
         """Ranks that have appeared and have not said that they ended."""

@@ -6,6 +6,7 @@ life (`heartbeat`), the process group, which is this module's own, and in the en
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
@@ -22,7 +23,7 @@ from typing import Literal
 from ki_ds.distributed import free_port
 from ki_ds.errors import UserError
 from ki_ds.graph import Stage
-from ki_ds.heartbeat import SIGNALS, Monitor
+from ki_ds.heartbeat import REQUEUE, SIGNALS, Monitor
 from ki_ds.progress import say
 
 LAUNCHED = ("teach", "train", "evaluate")
@@ -57,6 +58,7 @@ class Outcome:
 
     code: int
     how: Literal["ended", "silent", "stopped"]  # by itself; because ranks fell silent; after saving, as asked
+    asked: bool  # whether a signal wanted it to end
 
 
 def check(launch: Launch) -> None:
@@ -97,8 +99,8 @@ def launched(launch: Launch, group: list[Stage]) -> Outcome:
     """Run engine stages in ranks of their own, to the end."""
     launch.control.mkdir(parents=True, exist_ok=True)
     control = Path(mkdtemp(dir=launch.control))  # its own: what an earlier launch was told is not for these ranks
-    process = subprocess.Popen(_command(launch, group, control), env=_environment(launch), start_new_session=True)
     monitor = Monitor(control, launch.processes, launch.timeout_s)
+    process: subprocess.Popen[bytes] | None = None
     word, asked = "run", False
 
     def save(_number: int, _frame: FrameType | None) -> None:
@@ -115,21 +117,28 @@ def launched(launch: Launch, group: list[Stage]) -> Outcome:
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     silent = ""
     try:
+        process = subprocess.Popen(_command(launch, group, control), env=_environment(launch), start_new_session=True)
         while process.poll() is None and not silent:
+            word = "save" if monitor.asked else word
             monitor.say(word)
             silent = monitor.look()
             time.sleep(LOOK_S)
     finally:
-        _stop(process, monitor, launch)
+        if process is not None:
+            _stop(process, monitor, launch)
         for number, handler in before.items():
             signal.signal(number, handler)
-    if silent:
-        say(f"error: {silent}; everything is stopped")
-        return Outcome(1, "silent")
-    stopped = asked or "stopped" in monitor.ended()
+    code, ended = process.returncode, monitor.ended()
     if not (launch.hostfile and monitor.living()):  # who comes back from a network that was away is to find "stop"
         shutil.rmtree(control, ignore_errors=True)
-    return Outcome(process.returncode, "stopped" if stopped and process.returncode else "ended")
+        with contextlib.suppress(OSError):
+            launch.control.rmdir()
+    if silent:
+        say(f"error: {silent}; everything is stopped")
+        return Outcome(1, "silent", asked)
+    # ranks that a launcher ends because another has failed may call it a stop, too
+    saved = asked and "stopped" in ended and "failed" not in ended and code not in (0, 2)
+    return Outcome(code, "stopped" if code == REQUEUE or saved else "ended", asked)
 
 
 def _stop(process: subprocess.Popen[bytes], monitor: Monitor, launch: Launch) -> None:

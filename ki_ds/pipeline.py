@@ -179,6 +179,8 @@ def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
             raise Stopped
         if outcome.code == 2:
             raise StageFailed(str(group[0]), 2)
+        if outcome.asked:
+            raise StageFailed(str(group[0]), 1)
         failed = f"{group[0]}: failed (exit code {outcome.code}); the reason stands above."
         say(f"{failed} Starting again; {again - 1} restarts are left." if again else f"{failed} Run again to continue.")
     raise StageFailed(str(group[0]), 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -110,6 +111,10 @@ class Metrics:
             for name, number in value.items() if isinstance(value, dict) else [("", value)]:
                 if isinstance(number, (int, float)) and key != "step":
                     self.tensorboard.add_scalar(f"{key}/{name}" if name else key, number, record["step"])
+
+    def sync(self) -> None:
+        """Bring what was written to disk: a checkpoint must not know of steps that the metrics do not."""
+        os.fsync(self.file.fileno())
 
     def close(self) -> None:
         """Flush and close both."""

@@ -66,39 +66,43 @@ def run(
     metrics = Metrics(folder, first) if main else None
     seconds, skipped = metrics.seconds if metrics else 0.0, 0
     engine.deepspeed.train()  # a loaded model comes in evaluation mode, without dropout
-    with Progress(f"train {folder.name}", train.steps, "steps", first, main) as progress:
-        step = first
-        while step < train.steps:
-            heartbeat.report(f"train {folder.name}: step {step}")
-            began = time.monotonic()
-            a = alpha(inherit, step, train.steps)
-            batch = loader(step, a, alpha(inherit, step + 1, train.steps))
-            updated = update(engine, batch, course, step, folder.name, device)
-            stop = updated.pop("stop")
-            seconds += time.monotonic() - began
-            skipped = 0 if updated["applied"] else skipped + 1
-            if skipped > MOST_SKIPPED:
-                raise not_finite(course, step, folder.name, updated["loss_scale"])
-            step += 1
-            record = updated | {
-                "step": step, "tokens": step * train.batch_size * course.sequence_length, "seconds": seconds,
-                "alpha": a,
-                "tokens_per_second": train.batch_size * course.sequence_length / (time.monotonic() - began),
-                "reading_seconds": loader.reading_s, "waited_seconds": loader.waited_s,
-            }  # fmt: skip
-            if step % train.evaluation_steps == 0 or step == train.steps:
-                record["validation"] = evaluate(engine.deepspeed, course, loader.plan.micro_batch_size, device)
-            if metrics:
-                metrics.write(record)
-            engine.record(record)
-            if step % train.checkpoint_steps == 0 or step == train.steps or stop:
-                checkpoints.save(engine.deepspeed, saved, step, train.keep_checkpoints, state)
-            progress.advance(1, f"loss {record['loss']:.3f}" + (f", alpha {a:.2f}" if inherit else ""))
-            if stop and step < train.steps:
-                raise heartbeat.Stopped
-    loader.close()
-    if metrics:
-        metrics.close()
+    try:
+        with Progress(f"train {folder.name}", train.steps, "steps", first, main) as progress:
+            step = first
+            while step < train.steps:
+                heartbeat.report(f"train {folder.name}: step {step}")
+                began = time.monotonic()
+                a = alpha(inherit, step, train.steps)
+                batch = loader(step, a, alpha(inherit, step + 1, train.steps))
+                updated = update(engine, batch, course, step, folder.name, device)
+                stop = updated.pop("stop")
+                seconds += time.monotonic() - began
+                skipped = 0 if updated["applied"] else skipped + 1
+                if skipped > MOST_SKIPPED:
+                    raise not_finite(course, step, folder.name, updated["loss_scale"])
+                step += 1
+                record = updated | {
+                    "step": step, "tokens": step * train.batch_size * course.sequence_length, "seconds": seconds,
+                    "alpha": a,
+                    "tokens_per_second": train.batch_size * course.sequence_length / (time.monotonic() - began),
+                    "reading_seconds": loader.reading_s, "waited_seconds": loader.waited_s,
+                }  # fmt: skip
+                if step % train.evaluation_steps == 0 or step == train.steps:
+                    record["validation"] = evaluate(engine.deepspeed, course, loader.plan.micro_batch_size, device)
+                if metrics:
+                    metrics.write(record)
+                engine.record(record)
+                if step % train.checkpoint_steps == 0 or step == train.steps or stop:
+                    if metrics:
+                        metrics.sync()
+                    checkpoints.save(engine.deepspeed, saved, step, train.keep_checkpoints, state)
+                progress.advance(1, f"loss {record['loss']:.3f}" + (f", alpha {a:.2f}" if inherit else ""))
+                if stop and step < train.steps:
+                    raise heartbeat.Stopped
+    finally:
+        loader.close()
+        if metrics:
+            metrics.close()
 
 
 def update(

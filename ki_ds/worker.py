@@ -173,21 +173,23 @@ def training(stage: Stage, space: Workspace) -> None:
     plan = space.plan(model.train, name, distributed.rank(), distributed.world_size())
     validation = {corpus: (space.tokens(corpus).validation, space.viewer(corpus)) for corpus in model.train.on}
     course = train.Course(model.train, model.inherit, e.model_seed(name), e.sequence_length, validation)
-    student = LanguageModel(space.new_student(name), space.tokenizer.size, f"models.{name}").to(device)
-    engine = Engine(student, model.train, plan, space.engine_config)
+    with heartbeat.lengthy(f"{stage}: loading and compiling"):
+        student = LanguageModel(space.new_student(name), space.tokenizer.size, f"models.{name}").to(device)
+        engine = Engine(student, model.train, plan, space.engine_config)
     state = {"fingerprint": identity.fingerprint}
     train.run(engine, space.loader(name, plan), course, folder, state, device)
-    checkpoints.export(engine.deepspeed, folder / "model")
+    with heartbeat.lengthy(f"{stage}: writing the model"):
+        checkpoints.export(engine.deepspeed, folder / "model")
     if distributed.rank() == 0:
         space.tokenizer.hugging_face.save_pretrained(folder / "model")
         weights = {}
         for file in sorted((folder / "model").glob("*.safetensors")):
             heartbeat.report(f"{stage}: reading {file.name} once more")
             weights[file.name] = file_digest(file)
-        heartbeat.report(f"{stage}: sealing")
         lines = read_metrics(folder / "metrics.jsonl")
         facts = {"content": digest(weights), **train.counts(lines), **training_facts(space, name)}
-        seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
+        with heartbeat.lengthy(f"{stage}: sealing"):
+            seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
     distributed.barrier()
 
 

@@ -50,9 +50,9 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
     if distributed.rank() == 0 and here.exists():
         shutil.rmtree(here)  # begun by a run of another number of ranks, perhaps: its files would stay
     distributed.barrier()
-    heartbeat.report(f"saving {here}")
     try:
-        engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+        with heartbeat.lengthy(f"saving {here}"):
+            engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
         own = [file for file in here.rglob("*") if file.is_file() and _is_own(file)]
         for file in own:
             sync(file)
@@ -105,14 +105,17 @@ def latest(folder: Path) -> Checkpoint | None:
                 found = _read(here)
                 break
             if (here / RECORD).exists():
-                damaged.append(f"{here}: {why}")
+                damaged.append((here, why))
                 say(f"{here}: {why}; going back to the checkpoint before it")
             else:
                 shutil.rmtree(here)  # begun, but never finished
         if damaged and found is None:
-            problem = "; ".join(damaged) + f". No whole checkpoint is left: remove {folder} to begin again."
-        for line in damaged if found else ():
-            shutil.rmtree(line.split(": ")[0])
+            lines = "; ".join(f"{here}: {why}" for here, why in damaged)
+            problem = f"{lines}. No whole checkpoint is left: remove {folder} to begin again."
+        for here, _ in damaged if found else ():
+            shutil.rmtree(here)
+        for left in folder.glob("universal-step-*"):  # of a conversion that was interrupted
+            shutil.rmtree(left)
     # one rank reads for all: on a shared file system others may still see older files
     found, problem = distributed.from_first((found, problem))
     if problem:
@@ -155,24 +158,32 @@ def resume(engine: Any, folder: Path, state: dict[str, Any]) -> int:
             f"{found.folder}: belongs to another run: {json.dumps(found.state)}, expected {json.dumps(state)}"
         )
     stage = engine_config.stage(engine.config)
-    heartbeat.report(f"loading {found.folder}")
-    try:
+    with heartbeat.lengthy(f"loading {found.folder}"):
         if (found.stage, found.world_size) == (stage, distributed.world_size()) or found.stage == stage == 0:
-            path, _ = engine.load_checkpoint(str(folder), tag=found.folder.name)
-            if path is None:
-                raise ValueError("DeepSpeed found nothing in it")
+            _load(engine, found)
         else:
-            _resume_elsewhere(engine, stage, found)
-    except UserError:
-        raise
+            _load_elsewhere(engine, stage, found)
+    return found.step
+
+
+def _load(engine: Any, found: Checkpoint) -> None:
+    """Load a checkpoint of as many ranks at the same ZeRO stage."""
+    groups = engine.optimizer.param_groups
+    own = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    try:
+        path, _ = engine.load_checkpoint(str(found.folder.parent), tag=found.folder.name)
+        if path is None:
+            raise ValueError("DeepSpeed found nothing in it")
     except Exception as error:  # whatever a damaged pickle raises
         raise UserError(
             f"{found.folder}: cannot be loaded ({reason(error)}). Remove it to go on from the checkpoint before it."
         ) from None
-    return found.step
+    for group, settings in zip(engine.optimizer.param_groups, own, strict=True):
+        for key, value in settings.items():  # where the optimizer was another implementation of the same
+            group.setdefault(key, value)
 
 
-def _resume_elsewhere(engine: Any, stage: int, found: Checkpoint) -> None:
+def _load_elsewhere(engine: Any, stage: int, found: Checkpoint) -> None:
     """Load a checkpoint of another number of ranks or another ZeRO stage."""
     if distributed.rank() == 0:
         say(

@@ -78,7 +78,7 @@ def _complete(target: Path, groups: list[dict[str, list[int]]]) -> None:
         for key in STATES:
             path = target / "zero" / name / f"{key}.pt"
             _write(path, {"param": torch.load(path, map_location="cpu").reshape(shape), "cat_dim": 0})
-        _write(target / "zero" / name / "step.pt", step.clone())
+        _write(target / "zero" / name / "step.pt", torch.tensor(float(step)))
     kept = {key: settings[key] for key in ("loss_scaler", "dynamic_loss_scale", "ds_version") if key in settings}
     _write_settings(target, kept, step, len(groups))
 
@@ -127,8 +127,8 @@ def load(engine: Any, stage: int, folder: Path) -> None:
     for group, own in zip(optimizer.param_groups, settings, strict=True):
         group.update(own)
     for state in optimizer.optimizer.state.values():
-        if torch.is_tensor(state.get("step")):
-            state["step"] = state["step"].clone()
+        if "step" in state:  # one of its own for each, of the kind that torch's optimizers count with
+            state["step"] = torch.tensor(float(state["step"]))
 
 
 @torch.no_grad()

@@ -62,7 +62,8 @@ class Claims:
             with (self.folder / name).open("x") as file:
                 file.write(f"rank {self.rank} on {socket.gethostname()}\n")
         except FileExistsError:
-            self.taken = set(os.listdir(self.folder))  # spares most of the tries that would fail
+            with contextlib.suppress(FileNotFoundError):  # sealed meanwhile
+                self.taken = set(os.listdir(self.folder))  # spares most of the tries that would fail
             return False
         except FileNotFoundError:  # the targets are sealed, or a new launch has begun
             return False
