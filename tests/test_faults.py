@@ -210,3 +210,15 @@ def test_network_that_is_gone(undisturbed, work):
         again = command("train", undisturbed[0], "--workdir", work, "--name", "s", "--hostfile", cluster.hostfile)
         cluster.run(cluster.a, again)
     same_course(work, undisturbed[1])
+
+
+def test_failure_of_one_rank_in_teaching_is_no_stop(undisturbed, work):
+    """The launcher then asks the others to end: the exit code is the failed rank's, and `--restarts` goes on."""
+    shutil.rmtree(work / "targets")
+    slow = ("--set", "positions_per_shard=64", "--restarts", 1)
+    with Running(work.parent / "log", "teach", undisturbed[0], "--workdir", work, "--processes", 2, *slow) as run:
+        run.until(lambda: list((work / "targets").glob("t@a/claims/*/*")))
+        os.kill(run.rank(1), signal.SIGKILL)
+        output = run.end(0)
+    assert "as asked" not in output
+    assert (work / "targets" / "t@a" / "manifest.json").exists()

@@ -39,6 +39,35 @@ def test_offload_equals_none(stage, parameters):
 
 @compiled
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (zero(2), offloaded(2)),
+        (zero(3), offloaded(3, True)),
+        (offloaded(2), zero(2)),
+        (offloaded(2), zero(1)),
+        (offloaded(3, True), zero(1)),
+        (zero(1), offloaded(3)),
+        (offloaded(3), zero(0)),
+    ],
+)
+def test_run_goes_on_with_offload_or_without(before, after, tmp_path):
+    """The usual move after memory was short, and back; also to another stage."""
+    one = engine_of(before)
+    for number in range(3):
+        step(one, number)
+    checkpoints.save(one.deepspeed, tmp_path, 3, keep=1, state={})
+    two = engine_of(after)
+    assert checkpoints.resume(two.deepspeed, tmp_path, {}) == 3
+    for number in (3, 4):
+        mine, theirs = (step(engine, number)[0]["loss"] for engine in (one, two))
+        assert theirs == pytest.approx(mine, rel=2e-6)
+    for mine, theirs in zip(weights(one), weights(two), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@compiled
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_run_is_resumed(stage, tmp_path):
     """Not to the bit: CPUAdam multiplies β up step by step, but takes a power after resuming."""
