@@ -102,8 +102,8 @@ def fill(shards: ShardFolder, claims: Claims, lesson: Lesson, device: torch.devi
         Stopped: it was asked for.
     """
     folder, total = Path(shards.folder), lesson.positions
-    heartbeat.report(f"teach {folder.name}: loading models.{lesson.teacher_name}")
-    teacher = lesson.teacher(device)
+    with heartbeat.lengthy(f"teach {folder.name}: loading models.{lesson.teacher_name}"):
+        teacher = lesson.teacher(device)
     done, shown = max(total - len(claims.left) * lesson.positions_per_shard, 0), distributed.rank() == 0
     try:
         with torch.inference_mode(), Progress(f"teach {folder.name}", total, "sequences", done, shown) as progress:
