@@ -19,8 +19,9 @@ distributed.quiet()
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """(experiment file, work directory) of a whole run by two ranks, for tests that disturb one like it."""
-    from faulty import EXPERIMENT, TEXT
+    from faulty import EXPERIMENT
     from launching import ki_ds, write
+    from tiny_experiment import TEXT
 
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "a.txt").write_text(TEXT)

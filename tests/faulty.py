@@ -11,19 +11,13 @@ from pathlib import Path
 
 import pytest
 from launching import alive, command, descendants, environment, metrics
+from tiny_experiment import EXPERIMENT as TINY
+from tiny_experiment import TRAIN
 
-TEXT = "\n\n".join(
-    f"Entry {n}: the square of {n} is {n * n}, its cube is {n**3}, and a few more words follow." for n in range(700)
-)
-TRAIN = {"on": {"a": 1.0}, "batch_size": 8, "learning_rate": 5e-3, "dropout": 0.0}
 STEPS = 200
 COURSE = ("step", "loss", "ce", "kl", "alpha", "learning_rate", "gradient_norm", "validation")
-EXPERIMENT = {
+EXPERIMENT = TINY | {
     "name": "faults",
-    "objective": "clm",
-    "sequence_length": 32,
-    "tokenizer": {"train": {"vocabulary_size": 300, "on": ["a"]}},
-    "corpora": {"a": {"sources": [{"text": "a.txt"}], "validation": 0.1}},
     "models": {
         "t": {"architecture": "gpt-tiny", "train": {**TRAIN, "steps": 5}},
         "s": {
@@ -39,7 +33,7 @@ EXPERIMENT = {
 class Running:
     """A `ki-ds` command in the background."""
 
-    def __init__(self, log, *arguments, timeout_s=200):
+    def __init__(self, log, *arguments, timeout_s=500):
         self.log, self.limit = log, time.monotonic() + timeout_s
         with log.open("w") as file:
             self.process = subprocess.Popen(command(*arguments), env=environment(), stdout=file, stderr=file)
