@@ -125,10 +125,13 @@ def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: b
     HERE.watched = watched
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
+    watching = rank == 0 and not watched
+    for left in folder.glob("rank-*.json") if watching else ():  # of an earlier run; who lives writes again
+        left.unlink(missing_ok=True)
     HERE.write()
     for number in SIGNALS:
         signal.signal(number, _on_signal)
-    monitor = Monitor(folder, world_size, timeout_s) if rank == 0 and not watched else None
+    monitor = Monitor(folder, world_size, timeout_s) if watching else None
     threading.Thread(target=_live, args=(folder, timeout_s, monitor), daemon=True, name="heartbeat").start()
 
 

@@ -147,6 +147,20 @@ def test_rank_0_watches_where_nobody_else_does(tmp_path):
         assert second.wait(60) == 1
 
 
+def test_what_an_earlier_run_left_is_not_taken_for_this_one(tmp_path):
+    """A word to stop, a rank that had been asked to save."""
+    write_record(tmp_path / "word.json", {"beat": 9, "say": "stop"})
+    with ranks(tmp_path, "alone") as both:
+        for one in both:
+            one.kill()
+            one.wait()
+    write_record(tmp_path / "rank-00001.json", {"beat": 3, "asked": True, "ended": "stopped"})
+    write_record(tmp_path / "word.json", {"beat": 9, "say": "stop"})
+    with ranks(tmp_path, "alone") as both:
+        time.sleep(3)
+        assert [one.poll() for one in both] == [None, None]
+
+
 def test_ranks_do_as_they_are_told_and_end_when_they_hear_nothing(tmp_path):
     monitor = Monitor(tmp_path, 2, 4.0)
     for word, code in (("save", 75), ("stop", 1), ("", 1)):
