@@ -199,9 +199,9 @@ def evaluation(stage: Stage, space: Workspace) -> None:
     if prepared(folder, identity):
         return
     e = space.experiment
-    model = LanguageModel(space.finished_model(stage.name).eval(), space.tokenizer.size, f"models.{stage.name}").to(
-        device
-    )
+    with heartbeat.lengthy(f"{stage}: loading"):
+        loaded = space.finished_model(stage.name).eval()
+        model = LanguageModel(loaded, space.tokenizer.size, f"models.{stage.name}").to(device)
     found = {}
     total = sum(len(space.tokens(name).validation) for name in e.corpora)
     with Progress(f"evaluate {stage.name}", total, "sequences", 0, distributed.rank() == 0) as progress:

@@ -20,6 +20,7 @@ from ki_ds.engine import config as engine_config
 from ki_ds.engine import optimizers, universal
 from ki_ds.errors import UserError, reason
 from ki_ds.language_model import LanguageModel
+from ki_ds.partitioned import shape
 from ki_ds.progress import say
 from ki_ds.sealed import remedy, sync, write_atomically
 
@@ -87,7 +88,7 @@ def _is_own(file: Path) -> bool:
 def _groups(engine: Any) -> list[dict[str, list[int]]]:
     """Names and full shapes of the parameters, in the order of the optimizer's groups."""
     groups = optimizers.grouped(engine.module)
-    return [{name: list(getattr(p, "ds_shape", p.shape)) for name, p in group} for group in groups if group]
+    return [{name: list(shape(p)) for name, p in group} for group in groups if group]
 
 
 def latest(folder: Path) -> Checkpoint | None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ki_ds.engine import apex, ops
 from ki_ds.errors import UserError, nearest
 from ki_ds.experiment import Train
+from ki_ds.partitioned import shape
 
 FAMILIES = {"AdamW": "adamw", "ApexAdam": "adamw", "ApexLamb": "lamb"}
 OWNED = {"lr": "learning_rate", "betas": "betas", "eps": "epsilon", "weight_decay": "weight_decay"}
@@ -169,7 +170,7 @@ def grouped(model: torch.nn.Module) -> tuple[list[tuple[str, Any]], list[tuple[s
     """Named parameters as the optimizer holds them: those that decay, and biases and norms, which do not (Devlin et
     al. 2019). A parameter that ZeRO-3 has partitioned counts with its whole shape."""
     named = [*model.named_parameters()]
-    matrix = [len(getattr(p, "ds_shape", p.shape)) > 1 for _, p in named]
+    matrix = [len(shape(p)) > 1 for _, p in named]
     first, second = ([one for one, is_one in zip(named, matrix, strict=True) if is_one == wanted] for wanted in (1, 0))
     return first, second
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from ki_ds import distributed
-from ki_ds.errors import UserError
+from ki_ds.errors import UserError, reason
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 OPTIMIZER_STATE = "optimizer_state.pt"
@@ -29,17 +29,20 @@ def convert(source: Path, stage: int, groups: list[dict[str, list[int]]], target
         groups: of the optimizer's parameter groups, names and shapes of the parameters.
 
     Raises:
-        UserError: the checkpoint is damaged.
+        UserError: the checkpoint is damaged, or DeepSpeed cannot convert it.
     """
     process: subprocess.Popen[str] | None = None
+    problem = ""
     if distributed.rank() == 0:
         if stage == 0:
-            _from_replicas(source, groups, target)
+            try:
+                _from_replicas(source, groups, target)
+            except Exception as error:  # whatever a damaged pickle raises
+                problem = reason(error)
         else:
             command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state"]
             command += ["--input_folder", str(source), "--output_folder", str(target)]
             process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    problem = ""
     while True:  # the others wait in short turns: how long this takes has no bound
         if process is not None and process.poll() is not None:
             problem = "" if process.returncode == 0 else (process.communicate()[1].strip().splitlines() or ["?"])[-1]
@@ -49,7 +52,10 @@ def convert(source: Path, stage: int, groups: list[dict[str, list[int]]], target
             break
         time.sleep(0.5)
     if problem:
-        raise UserError(f"{source}: cannot be converted to another number of ranks or ZeRO stage ({problem})")
+        raise UserError(
+            f"{source}: cannot be converted to another number of ranks or ZeRO stage ({problem}). Go on with those "
+            "that it was made with; where that fails too, remove it to go on from the checkpoint before it."
+        )
     if distributed.rank() == 0 and stage:
         _complete(target, groups)
     distributed.barrier()

@@ -72,3 +72,15 @@ def test_damage_that_keeps_the_size_names_the_remedy(tmp_path):
     states.write_bytes(b"\0" * states.stat().st_size)
     with pytest.raises(UserError, match=r"step-00000001: cannot be loaded .*Remove it to go on from the checkpoint"):
         checkpoints.resume(new_engine(1).deepspeed, tmp_path, {})
+
+
+@pytest.mark.parametrize(("stage", "file"), [(0, "mp_rank_*_model_states.pt"), (1, "*_optim_states.pt")])
+def test_damage_found_while_converting_names_the_remedy(stage, file, tmp_path):
+    one = new_engine(stage)
+    step(one, 0)
+    checkpoints.save(one.deepspeed, tmp_path, 1, keep=1, state={})
+    states = next((tmp_path / "step-00000001").glob(file))
+    states.write_bytes(b"\0" * states.stat().st_size)
+    with pytest.raises(UserError, match=r"step-00000001: cannot be converted .*remove it to go on from the checkpoint"):
+        checkpoints.resume(new_engine(2).deepspeed, tmp_path, {})
+    assert not [*tmp_path.glob("universal-*")]
