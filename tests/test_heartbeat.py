@@ -119,7 +119,7 @@ while True:
 
 @contextlib.contextmanager
 def ranks(folder, watched):
-    """Two ranks that have appeared; nothing is left of them."""
+    """Two ranks that have begun to work; nothing is left of them."""
     found = [
         subprocess.Popen(
             [sys.executable, "-c", RANK, str(folder), str(rank), watched], stderr=subprocess.PIPE, text=True
@@ -127,7 +127,7 @@ def ranks(folder, watched):
         for rank in (0, 1)
     ]
     limit = time.monotonic() + 60
-    while not all((folder / f"rank-0000{rank}.json").exists() for rank in (0, 1)):
+    while not all((read_record(folder / f"rank-0000{n}.json") or {}).get("doing") == "work" for n in (0, 1)):
         assert time.monotonic() < limit
         time.sleep(0.05)
     try:
