@@ -13,8 +13,8 @@ from typing import Any
 
 from tabulate import tabulate
 
-from ki_ds import models
 from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.models import architectures
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Kept, Pass, kept
 from ki_ds.planning.plan import GIB, Room, in_order, shipped_engines
@@ -24,7 +24,7 @@ LLAMA = {
     "intermediate_size": 11008, "tie_word_embeddings": False,
 }  # fmt: skip
 GPT = {"model_type": "gpt2", "n_embd": 2048, "n_layer": 24, "n_head": 16}
-# name, architecture, objective, vocabulary, sequence length, share of positions that are targets, sequences
+# name, architecture, objective, vocabulary, sequence length, share of tokens that are rows, sequences
 CASES: list[tuple[str, Any, str, int, int, float, int]] = [
     ("roberta-base", "roberta-base", "mlm", 50265, 512, 0.15, 32),
     ("gpt-base", "gpt-base", "clm", 50257, 1024, 1.0, 8),
@@ -44,8 +44,10 @@ def main() -> None:
     engines = in_order(shipped, BF16)
     rows = []
     for name, architecture, objective, vocabulary, length, share, sequences in CASES:
-        config = models.configuration(architecture, objective, tokenizers.expected(vocabulary, objective), length, name)
-        models.set_dropout(config, 0.1)
+        config = architectures.configuration(
+            architecture, objective, tokenizers.expected(vocabulary, objective), length, name
+        )
+        architectures.set_dropout(config, 0.1)
         model = memory.outlined(config, objective)
 
         @cache

@@ -36,8 +36,9 @@ from tabulate import tabulate
 from torch.nn.functional import cross_entropy, kl_div, linear
 from torch.utils.checkpoint import checkpoint
 
-from ki_ds.kernels import PackedTargets, chunked, ki_loss, select_targets
-from ki_ds.kernels.logits import logits_buffer
+from ki_ds.kernels import PackedTargets, ki_loss, select_targets
+from ki_ds.kernels.logit_transform import logits_buffer
+from ki_ds.kernels.loss import chunked
 from ki_ds.sealed import versions
 from ki_ds.targets.selection import Selection
 
@@ -239,9 +240,9 @@ def peak_elsewhere(case: Case, name: str, device: str) -> int:
 
 def bandwidth(case: Case, x: Inputs) -> float:
     """Share of a device copy's bandwidth that the pass over the logits (read once, written once) reaches on a GPU."""
-    from ki_ds.kernels import PLAIN
-    from ki_ds.kernels.reference import Rows
-    from ki_ds.kernels.triton_loss import chunk_loss
+    from ki_ds.kernels import IDENTITY
+    from ki_ds.kernels.loss.reference import Rows
+    from ki_ds.kernels.loss.triton_loss import chunk_loss
 
     size = chunked.chunk_rows(case.rows, case.vocabulary, x.hidden_ND)
     product = logits_buffer(size, case.vocabulary, x.hidden_ND).normal_()
@@ -249,7 +250,7 @@ def bandwidth(case: Case, x: Inputs) -> float:
     one, other = (torch.zeros(size * case.vocabulary, dtype=product.dtype, device="cuda") for _ in range(2))
     calls = {
         "copy": lambda: other.copy_(one),
-        "pass": lambda: chunk_loss(product, rows, case.temperature, PLAIN, None, True),
+        "pass": lambda: chunk_loss(product, rows, case.temperature, IDENTITY, None, True),
     }
     found = timed(calls, 20, "cuda")
     return found["copy"] / found["pass"]

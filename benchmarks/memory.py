@@ -18,14 +18,15 @@ from typing import Any
 import torch
 from tabulate import tabulate
 
-from ki_ds import distributed, models
-from ki_ds.batches import Plan
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.engine.engine import Engine
-from ki_ds.experiment import Train
-from ki_ds.language_model import LanguageModel
+from ki_ds.experiment.schema import Train
+from ki_ds.launch import distributed
+from ki_ds.models import architectures, hugging_face
+from ki_ds.models.language_model import LanguageModel
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Pass, kept
+from ki_ds.training.batches import BatchLayout
 
 SMALL = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4}
 PRECISIONS: dict[str, dict[str, Any]] = {
@@ -50,11 +51,11 @@ def main() -> None:
     given.add_argument("--precisions", nargs="*", default=list(PRECISIONS), choices=PRECISIONS)
     a = given.parse_args()
     distributed.quiet()
-    distributed.initialise()
-    objective = models.ARCHITECTURES[a.architecture][0] if isinstance(a.architecture, str) else "clm"
+    distributed.init_distributed()
+    objective = architectures.ARCHITECTURES[a.architecture][0] if isinstance(a.architecture, str) else "clm"
     tokenizer = tokenizers.expected(a.vocabulary, objective)
-    config = models.configuration(a.architecture, objective, tokenizer, a.length, "architecture")
-    models.set_dropout(config, a.dropout)
+    config = architectures.configuration(a.architecture, objective, tokenizer, a.length, "architecture")
+    architectures.set_dropout(config, a.dropout)
     rows = []
     for stage in a.stages:
         for precision in a.precisions:
@@ -95,11 +96,11 @@ def measure(config: Any, objective: str, a: argparse.Namespace, engine_json: dic
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
-        student = LanguageModel(models.new_model(config, objective, seed=1), a.vocabulary)
+        student = LanguageModel(hugging_face.new_model(config, objective, seed=1), a.vocabulary)
         parameters = sum(p.numel() for p in student.parameters())
         size = a.sequences * MICRO_BATCHES * distributed.world_size()
         settings = Train(on={"a": 1.0}, steps=10, batch_size=size, micro_batch_size=a.sequences, learning_rate=1e-4)
-        plan = Plan(size, a.sequences, distributed.rank(), distributed.world_size())
+        plan = BatchLayout(size, a.sequences, distributed.rank(), distributed.world_size())
         engine = Engine(student, settings, plan, engine_json)
         engine.deepspeed.train()
         for _ in range(2):

@@ -4,9 +4,9 @@
     python benchmarks/targets.py --experiment E.json --workdir W --teacher T --corpus C    # (b), a trained teacher
 
 (a) are rows over 50,265 ids with logits -0.9 ln(rank + 10) + 2.2 N(0, 1), of which 8 random ids are raised by
-5 |N(0, 1)|. Speeds are target positions a second of one thread's CPU time, medians of several passes; beside them
+5 |N(0, 1)|. Speeds are rows a second of one thread's CPU time, medians of several passes; beside them
 stands a plain format (int32 ids and fp16 log-probabilities, zstd level 3) measured in the same run. Bytes count
-everything in the files. Draws at τ = 0.535 on (a) give the 12 distinct ids a position that the method's authors
+everything in the files. Draws at τ = 0.535 on (a) give the 12 distinct ids a row that the method's authors
 report for a large model; at τ = 1 its rows are flatter than a language model's. Writes a JSON file with --output.
 """
 
@@ -30,7 +30,7 @@ import torch
 import zstandard
 from tabulate import tabulate
 
-from ki_ds.kernels.select import Selected, select
+from ki_ds.kernels.select.eager import Selected, select
 from ki_ds.sealed import versions
 from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec
@@ -39,8 +39,8 @@ from ki_ds.targets.selection import Selection, scalar_names
 from ki_ds.targets.shard import pack_block, shard_name, write_shard
 
 K, DRAWS, TEMPERATURE, MEAN_NATS = 128, 50, 2.0, 2e-4
-ROWS = 77  # a position: 15 % of 510 tokens
-BATCH = 16  # positions packed and read at once
+ROWS = 77  # a sample: 15 % of 510 tokens
+BATCH = 16  # samples packed and read at once
 PASSES = 5
 SELECTIONS = {
     "top_k 128": Selection("top_k", K),
@@ -90,8 +90,8 @@ def synthetic(batches: int) -> tuple[int, Workload]:
 @torch.inference_mode()
 def trained(arguments: argparse.Namespace, batches: int) -> tuple[int, Workload]:
     """Workload (b): a teacher of an experiment over its corpus, as the teach stage sees it."""
-    from ki_ds.graph import load_experiment
-    from ki_ds.language_model import LanguageModel
+    from ki_ds.experiment.graph import load_experiment
+    from ki_ds.models.language_model import LanguageModel
     from ki_ds.workspace import Workspace
 
     space = Workspace(load_experiment(arguments.experiment), arguments.experiment, arguments.workdir.absolute())
@@ -102,30 +102,30 @@ def trained(arguments: argparse.Namespace, batches: int) -> tuple[int, Workload]
         space.viewer(arguments.corpus),
     )
     weight, bias = model.head.parameters_VD()
-    generator, position, made = torch.Generator().manual_seed(0), 0, []
+    generator, sample, made = torch.Generator().manual_seed(0), 0, []
     for _ in range(batches):
         parts, rows = [], 0
         while rows < BATCH * ROWS:
-            sequences, views = stream.pairs(np.arange(position, position + 4))
+            sequences, views = stream.pairs(np.arange(sample, sample + 4))
             view = viewer(tokens.train[sequences], sequences, views)
-            index = np.flatnonzero(view.targets_BS)[: BATCH * ROWS - rows]
+            index = np.flatnonzero(view.loss_mask_BS)[: BATCH * ROWS - rows]
             labels = torch.from_numpy(view.labels_BS.reshape(-1)[index].astype(np.int64))
             hidden = model.hidden(torch.from_numpy(view.inputs_BS.astype(np.int64)), torch.from_numpy(index))
             parts.append(select_all(torch.nn.functional.linear(hidden, weight, bias), labels, generator))
-            rows, position = rows + len(index), position + 4
+            rows, sample = rows + len(index), sample + 4
         made.append(joined(parts))
     return space.tokenizer.size, made
 
 
-def speed(work: Callable[[], Any], positions: int) -> float:
-    """Target positions a second of this thread's CPU time, median."""
+def speed(work: Callable[[], Any], rows: int) -> float:
+    """Rows a second of this thread's CPU time, median."""
     work()
     seconds = []
     for _ in range(PASSES):
         began = time.process_time()
         work()
         seconds.append(time.process_time() - began)
-    return positions / statistics.median(seconds)
+    return rows / statistics.median(seconds)
 
 
 def measure(name: str, vocabulary: int, workload: Workload, folder: Path) -> dict[str, Any]:
@@ -148,26 +148,26 @@ def measure(name: str, vocabulary: int, workload: Workload, folder: Path) -> dic
             blocks.append(pack_block(how, planes, ends, digests, distortion))
         return blocks
 
-    positions = len(workload) * BATCH
+    samples = len(workload) * BATCH
     header = {"sequence_length": 512, "selection": selection.record}
-    path = folder / shard_name(0, positions)
+    path = folder / shard_name(0, samples)
     said = write_shard(path, how, header, 0, encode())
-    shards = ShardFolder(folder, positions, positions)
+    shards = ShardFolder(folder, samples, samples)
 
     def decode() -> None:
-        for start in range(0, positions, BATCH):
+        for start in range(0, samples, BATCH):
             shards.read(np.arange(start, start + BATCH))
 
     rows, size = said["rows"], path.stat().st_size
     return {
-        "selection": name, "entries a position": said["entries"] / rows, "bytes an entry": size / said["entries"],
-        "bytes a position": size / rows, "mean KL": said["distortion"]["mean"], "max KL": said["distortion"]["max"],
+        "selection": name, "entries a row": said["entries"] / rows, "bytes an entry": size / said["entries"],
+        "bytes a row": size / rows, "mean KL": said["distortion"]["mean"], "max KL": said["distortion"]["max"],
         "encode/s": speed(encode, rows), "decode/s": speed(decode, rows),
     }  # fmt: skip
 
 
 def plain(workload: Workload) -> dict[str, Any]:
-    """The floor: int32 ids and fp16 log-probabilities of the top k, a zstd frame (level 3) a position."""
+    """The floor: int32 ids and fp16 log-probabilities of the top k, a zstd frame (level 3) a sample."""
     zstd, unzstd = zstandard.ZstdCompressor(level=3), zstandard.ZstdDecompressor()
     given = [(one["top_k 128"].ids_NK.numpy(), one["top_k 128"].given_NK.numpy()) for one in workload]
 
@@ -187,8 +187,8 @@ def plain(workload: Workload) -> dict[str, Any]:
     rows = sum(len(ids) for ids, _ in given)
     size = sum(len(ids) + len(values) for ids, values in stored)
     return {
-        "selection": "int32 + fp16, zstd", "entries a position": float(K), "bytes an entry": size / rows / K,
-        "bytes a position": size / rows, "mean KL": None, "max KL": None,
+        "selection": "int32 + fp16, zstd", "entries a row": float(K), "bytes an entry": size / rows / K,
+        "bytes a row": size / rows, "mean KL": None, "max KL": None,
         "encode/s": speed(encode, rows), "decode/s": speed(decode, rows),
     }  # fmt: skip
 
@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--workdir", type=Path)
     parser.add_argument("--teacher")
     parser.add_argument("--corpus")
-    parser.add_argument("--batches", type=int, default=4, help=f"of {BATCH} sequences with {ROWS} positions each")
+    parser.add_argument("--batches", type=int, default=4, help=f"of {BATCH} sequences with {ROWS} rows each")
     parser.add_argument("--output", type=Path, help="JSON file")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
@@ -215,7 +215,7 @@ def main() -> None:
     for name in SELECTIONS:
         with tempfile.TemporaryDirectory() as folder:
             rows.append(measure(name, vocabulary, workload, Path(folder)))
-    print(f"{label}; V = {vocabulary:,}, {arguments.batches * BATCH * ROWS:,} positions, one thread")
+    print(f"{label}; V = {vocabulary:,}, {arguments.batches * BATCH * ROWS:,} rows, one thread")
     shown = [{k: f"{v:,.0f}" if k.endswith("/s") else v for k, v in row.items()} for row in rows]
     print(tabulate(shown, headers="keys", tablefmt="github", floatfmt=".3g"))
     if arguments.output:

@@ -11,8 +11,6 @@ from typing import Any
 
 import torch
 
-from ki_ds import identities, models
-from ki_ds.batches import Lane, Loader, Plan, Reading
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
 from ki_ds.corpus.stream import CorpusStream, Mix
@@ -21,17 +19,20 @@ from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.engine import config as engine_config
 from ki_ds.engine import optimizers
 from ki_ds.errors import UserError
-from ki_ds.experiment import Experiment, Train
-from ki_ds.graph import Needed, Stage, needs, targets_needed, taught_by
-from ki_ds.inference import teacher as inference
-from ki_ds.inherit import teacher_steps
+from ki_ds.exchange.teacher_inputs import header
+from ki_ds.experiment.graph import Needed, Stage, needs, targets_needed, taught_by
+from ki_ds.experiment.schedules import teacher_steps
+from ki_ds.experiment.schema import Experiment, Train
+from ki_ds.experiment.strict import read_json
+from ki_ds.models import architectures, hugging_face
 from ki_ds.sealed import Identity, open_sealed
-from ki_ds.strict import read_json
-from ki_ds.targets.asked import header
+from ki_ds.stages import identities
 from ki_ds.targets.codec import Codec, quantum
 from ki_ds.targets.folder import ShardFolder, open_folder
 from ki_ds.targets.selection import tail_name
 from ki_ds.targets.source import Place, place
+from ki_ds.teaching import teacher as inference
+from ki_ds.training.batches import BatchLayout, Lane, Loader, Reading
 
 # where ds_configs stands: in a checkout, in an installed package
 SHIPPED = (Path(__file__).parent.parent, *(Path(p) / "share" / "ki_ds" for p in (sys.prefix, site.getuserbase())))
@@ -129,7 +130,7 @@ class Workspace:
         """What a teach stage must make; past the last view pairs come again, so no more than all views are stored."""
         needed = targets_needed(self.experiment, stage.name)
         every = self.experiment.views * len(self.tokens(needed.corpus).train)
-        return replace(needed, positions=min(needed.positions, every))
+        return replace(needed, samples=min(needed.samples, every))
 
     def codec(self, identity: Identity) -> Codec:
         """How the rows of a targets folder of this identity are packed."""
@@ -141,7 +142,7 @@ class Workspace:
         return Codec(size, said["k"], quantum(identity.config["target_distortion"], lowest), scalars=scalars)
 
     def targets_header(self, stage: Stage, identity: Identity) -> dict[str, Any]:
-        """What every shard of a targets folder says of itself, beside its own positions and counts."""
+        """What every shard of a targets folder says of itself, beside its own samples and counts."""
         needed = targets_needed(self.experiment, stage.name)
         teacher = {"name": needed.teacher, "digest": identity.inputs[f"models/{needed.teacher}"]}
         return header(
@@ -183,19 +184,21 @@ class Workspace:
         model, objective, place = self.experiment.models[name], self.experiment.objective, f"models.{name}"
         assert model.train is not None
         if model.architecture is not None:
-            config = models.configuration(
+            config = architectures.configuration(
                 model.architecture, objective, self.tokenizer, self.experiment.sequence_length, f"{place}.architecture"
             )
-            models.set_dropout(config, model.train.dropout)
-            return models.new_model(config, objective, self.experiment.model_seed(name))
+            architectures.set_dropout(config, model.train.dropout)
+            return hugging_face.new_model(config, objective, self.experiment.model_seed(name))
         source = self.model_folder(model.start_from) if model.start_from else self.model_or_name(str(model.pretrained))
-        found = models.load_model(source, objective, place, model.train.dropout)
+        found = hugging_face.load_model(source, objective, place, model.train.dropout)
         self.check_fit(name, found.config)
         return found
 
     def finished_model(self, name: str, dtype: torch.dtype = torch.float32) -> Any:
         """A finished model, to teach or to be evaluated."""
-        found = models.load_model(self.model_folder(name), self.experiment.objective, f"models.{name}", dtype=dtype)
+        found = hugging_face.load_model(
+            self.model_folder(name), self.experiment.objective, f"models.{name}", dtype=dtype
+        )
         self.check_fit(name, found.config)
         return found
 
@@ -216,7 +219,7 @@ class Workspace:
             )
         positions = getattr(config, "max_position_embeddings", None)
         if positions is not None:
-            usable = positions - (config.pad_token_id + 1 if config.model_type in models.OFFSET_POSITIONS else 0)
+            usable = positions - (config.pad_token_id + 1 if config.model_type in architectures.OFFSET_POSITIONS else 0)
             if usable < self.experiment.sequence_length:
                 raise UserError(
                     f"{place}: it knows {usable} positions, sequence_length is {self.experiment.sequence_length}"
@@ -254,14 +257,14 @@ class Workspace:
             raise UserError(
                 f"{folder}: of a vocabulary of {how.vocabulary} ids; the tokenizer has {self.tokenizer.size}"
             )
-        if stage is None and found.positions < (read := self._positions_read(name, corpus)):
+        if stage is None and found.samples < (read := self._samples_read(name, corpus)):
             raise UserError(
-                f"{folder}: holds {found.positions} positions; expected the {read} that models.{name} reads of "
+                f"{folder}: holds {found.samples} samples; expected the {read} that models.{name} reads of "
                 f"corpora.{corpus} while it is taught"
             )
         return found
 
-    def _positions_read(self, name: str, corpus: str) -> int:
+    def _samples_read(self, name: str, corpus: str) -> int:
         train, inherit = self.experiment.models[name].train, self.experiment.models[name].inherit
         assert train is not None
         every = Mix(list(train.on.values())).counts(teacher_steps(inherit, train.steps) * train.batch_size)
@@ -283,7 +286,7 @@ class Workspace:
             raise UserError(f"models.{name}: its targets were quantised differently ({listed}); make them alike")
         return lanes
 
-    def loader(self, name: str, plan: Plan) -> Loader:
+    def loader(self, name: str, layout: BatchLayout) -> Loader:
         """The batches of a model's training."""
         model = self.experiment.models[name]
         assert model.train is not None
@@ -292,7 +295,7 @@ class Workspace:
         if inherit:
             k = inherit.targets.selection(inherit.temperature).k
             reading = Reading(k, tail_name(inherit.temperature) if inherit.targets.tail else None)
-        return Loader(self.lanes(name), Mix(list(model.train.on.values())), plan, reading)
+        return Loader(self.lanes(name), Mix(list(model.train.on.values())), layout, reading)
 
     def model_config(self, name: str, tokenizer: TextTokenizer) -> Any:
         """The Hugging Face configuration of a model, before it exists."""
@@ -300,15 +303,17 @@ class Workspace:
         if model.architecture is not None:
             place = f"models.{name}.architecture"
             length = self.experiment.sequence_length
-            return models.configuration(model.architecture, self.experiment.objective, tokenizer, length, place)
+            return architectures.configuration(model.architecture, self.experiment.objective, tokenizer, length, place)
         if model.start_from is not None:
             return self.model_config(model.start_from, tokenizer)
-        return models.pretrained_configuration(self.model_or_name(str(model.pretrained)), f"models.{name}.pretrained")
+        return hugging_face.pretrained_configuration(
+            self.model_or_name(str(model.pretrained)), f"models.{name}.pretrained"
+        )
 
-    def plan(self, train: Train, name: str, rank: int, world_size: int) -> Plan:
+    def layout(self, train: Train, name: str, rank: int, world_size: int) -> BatchLayout:
         """How a training run is cut among ranks."""
         size = engine_config.micro_batch_size(train, world_size, f"models.{name}")
-        return Plan(train.batch_size, size, rank, world_size)
+        return BatchLayout(train.batch_size, size, rank, world_size)
 
     def inputs_of(self, stage: Stage) -> list[Stage]:
         """The stages whose folders a stage reads."""

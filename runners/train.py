@@ -2,6 +2,6 @@
 
 import sys
 
-from ki_ds.cli import main
+from ki_ds.cli.main import main
 
 main(["worker", "train", *sys.argv[1:]])

@@ -10,7 +10,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from ki_ds import distributed
+from ki_ds.launch import distributed
 
 torch.set_num_threads(1)
 distributed.quiet()
@@ -19,9 +19,9 @@ distributed.quiet()
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory):
     """(experiment file, work directory) of a whole run by two ranks, for tests that disturb one like it."""
-    from faulty import EXPERIMENT
-    from launching import ki_ds, write
-    from tiny_experiment import TEXT
+    from helpers.commands import ki_ds, write
+    from helpers.faulty import EXPERIMENT
+    from helpers.tiny_experiment import TEXT
 
     folder = tmp_path_factory.mktemp("undisturbed")
     (folder / "a.txt").write_text(TEXT)

@@ -11,23 +11,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ki_ds import sealed
+from ki_ds import files
 from ki_ds.errors import UserError
+from ki_ds.files import digest, file_digest, write_atomically
 from ki_ds.sealed import (
     MANIFEST,
     SCHEMA,
     UNSEALED,
     Identity,
     differences,
-    digest,
-    file_digest,
     open_sealed,
     prepare,
     reopen,
     seal,
     state,
     versions,
-    write_atomically,
 )
 
 ONE = Identity("corpus", {"seed": 1, "corpus": {"validation": 0.005}}, {"tokenizer": "aaaa"})
@@ -324,7 +322,7 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch
     def fail(*_):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(sealed.os, function, fail)
+    monkeypatch.setattr(files.os, function, fail)
     text = refusal(write_atomically, path, b"new")
     assert text.startswith(f"{path}: cannot be written: {os.strerror(number)}. ")
     full = number in (errno.ENOSPC, errno.EDQUOT)
@@ -338,7 +336,7 @@ def test_full_disk_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, s
     """The temporary file is a link to a device that is always full, so that the kernel itself refuses the bytes."""
     path = tmp_path / "a"
     write_atomically(path, b"old")
-    monkeypatch.setattr(sealed.secrets, "token_hex", lambda size: "0" * size)
+    monkeypatch.setattr(files.secrets, "token_hex", lambda size: "0" * size)
     (tmp_path / "a.0000.tmp").symlink_to("/dev/full")
     assert "Free some space, or choose another --workdir, and run the same command again" in refusal(
         write_atomically, path, b"x" * size
@@ -395,5 +393,5 @@ def test_file_digest_is_the_same_in_both_ways(tmp_path, size):
     path = tmp_path / "f"
     path.write_bytes(b"ab" * (size // 2) + b"c" * (size % 2))
     with path.open("rb") as file:
-        assert file_digest(path) == sealed._sha(file)
+        assert file_digest(path) == files._sha(file)
     assert re.fullmatch("[0-9a-f]{32}", file_digest(path))

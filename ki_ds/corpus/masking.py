@@ -22,10 +22,10 @@ VALIDATION_VIEW = 1 << 32  # a view that no training stream reaches: validation 
 
 @dataclass(frozen=True)
 class View:
-    """What a model is given and asked, for B sequences."""
+    """What a model is shown of B sequences, and is to predict."""
 
     inputs_BS: np.ndarray  # int32
-    targets_BS: np.ndarray  # bool: at these indices a token is predicted
+    loss_mask_BS: np.ndarray  # bool: where a token is to be predicted
     labels_BS: np.ndarray  # int32: the token to predict there; elsewhere undefined
 
 
@@ -55,15 +55,15 @@ class Viewer:
         """The views of the given sequences; inputs are not written to."""
         tokens = tokens_BS.astype(np.int32)
         if self.causal:
-            targets = np.ones(tokens.shape, dtype=bool)
-            targets[:, -1] = False
-            return View(tokens, targets, np.roll(tokens, -1, axis=1))
+            loss_mask = np.ones(tokens.shape, dtype=bool)
+            loss_mask[:, -1] = False
+            return View(tokens, loss_mask, np.roll(tokens, -1, axis=1))
         index_S = np.arange(tokens.shape[1])
         choice = counter_hash(
             self.key, np.asarray(sequences_B)[:, None], np.asarray(views_B)[:, None], index_S[None, :]
         )
-        targets = (choice < self.threshold) & ~np.isin(tokens, self.special)
-        chosen = np.nonzero(targets)
+        loss_mask = (choice < self.threshold) & ~np.isin(tokens, self.special)
+        chosen = np.nonzero(loss_mask)
         fate = counter_hash(self.key ^ 1, choice[chosen])
         tenth = fate % np.uint64(10)
         replaced = tokens[chosen]
@@ -74,14 +74,14 @@ class Viewer:
         ]
         inputs = tokens.copy()
         inputs[chosen] = replaced
-        return View(inputs, targets, tokens)
+        return View(inputs, loss_mask, tokens)
 
     @staticmethod
     def digests(view: View) -> np.ndarray:
-        """uint64 [B]: of each sequence's exact input ids, target indices and labels; the proof of alignment."""
+        """uint64 [B]: of each sequence's exact input ids, loss mask and labels; the proof of alignment."""
         inputs = np.ascontiguousarray(view.inputs_BS, dtype="<i4")
-        asked = np.ascontiguousarray(np.where(view.targets_BS, view.labels_BS, -1), dtype="<i4")
+        wanted = np.ascontiguousarray(np.where(view.loss_mask_BS, view.labels_BS, -1), dtype="<i4")
         return np.array(
-            [xxhash.xxh3_64_intdigest(one.tobytes() + two.tobytes()) for one, two in zip(inputs, asked, strict=True)],
+            [xxhash.xxh3_64_intdigest(one.tobytes() + two.tobytes()) for one, two in zip(inputs, wanted, strict=True)],
             dtype=np.uint64,
         )

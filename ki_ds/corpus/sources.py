@@ -27,7 +27,7 @@ from fsspec.registry import known_implementations
 
 from ki_ds.corpus.documentation import documentation
 from ki_ds.errors import UserError, nearest, reason, unreadable
-from ki_ds.experiment import (
+from ki_ds.experiment.schema import (
     SOURCE_KINDS,
     DatasetSource,
     DocumentationSource,

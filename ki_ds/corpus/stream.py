@@ -1,6 +1,6 @@
-"""The stream: data order as a pure function of (corpus, seed, position).
+"""The stream: data order as a pure function of (corpus, seed, sample).
 
-Position i of a corpus names a pair (sequence, view). With n sequences, i lies in epoch e = i // n; the sequence is
+Sample i of a corpus names a pair (sequence, view). With n sequences, i lies in epoch e = i // n; the sequence is
 perm_e(i mod n), a pseudo-random permutation that costs O(1) memory (a Feistel network with cycle walking, Black and
 Rogaway 2002); the view is e mod `views`. Several corpora are interleaved with low discrepancy, also by arithmetic.
 """
@@ -17,8 +17,8 @@ import numpy as np
 from ki_ds.corpus.hashing import counter_hash, derive_key, mix64
 
 ROUNDS = 6
-FINEST_SHARE = 1 << 15  # denominators of a mix's shares; with positions below 2^47 their products fit into int64
-Positions = np.ndarray  # int64, any shape unless said otherwise
+FINEST_SHARE = 1 << 15  # denominators of a mix's shares; with samples below 2^47 their products fit into int64
+Samples = np.ndarray  # int64, any shape unless said otherwise
 
 
 class Permutation:
@@ -42,7 +42,7 @@ class Permutation:
                     left, right = right, left ^ (mix64(right + np.uint64(key)) & self.mask)
         return (left << self.half_bits) | right
 
-    def _walk(self, values: Positions, inverse: bool) -> Positions:
+    def _walk(self, values: Samples, inverse: bool) -> Samples:
         flat = np.asarray(values, dtype=np.int64).ravel()
         if flat.size and (flat.min() < 0 or flat.max() >= self.size):
             raise ValueError(f"values must lie in [0, {self.size})")
@@ -51,11 +51,11 @@ class Permutation:
             result[outside] = self._pass(result[outside], inverse)
         return result.astype(np.int64).reshape(np.shape(values))
 
-    def __call__(self, values: Positions) -> Positions:
+    def __call__(self, values: Samples) -> Samples:
         """Images of the values."""
         return self._walk(values, inverse=False)
 
-    def inverse(self, values: Positions) -> Positions:
+    def inverse(self, values: Samples) -> Samples:
         """Preimages of the values."""
         return self._walk(values, inverse=True)
 
@@ -73,23 +73,23 @@ class CorpusStream:
         """The order of an epoch."""
         return Permutation(self.size, derive_key("order", self.seed, self.corpus, epoch))
 
-    def pairs(self, positions: Positions) -> tuple[Positions, Positions]:
-        """Positions [N] to (sequences [N], views [N])."""
-        positions = np.asarray(positions, dtype=np.int64)
-        epochs, places = np.divmod(positions, self.size)
-        sequences = np.empty_like(positions)
+    def pairs(self, samples: Samples) -> tuple[Samples, Samples]:
+        """Samples [N] to (sequences [N], views [N])."""
+        samples = np.asarray(samples, dtype=np.int64)
+        epochs, places = np.divmod(samples, self.size)
+        sequences = np.empty_like(samples)
         for epoch in np.unique(epochs):
             here = epochs == epoch
             sequences[here] = self.permutation(int(epoch))(places[here])
         return sequences, epochs % self.views
 
-    def first_positions(self, positions: Positions) -> Positions:
-        """Where each position's (sequence, view) pair stood in the first `views` epochs, the order of the targets."""
-        positions = np.asarray(positions, dtype=np.int64)
-        stored = positions.copy()
-        late = positions >= self.views * self.size
+    def first_samples(self, samples: Samples) -> Samples:
+        """Where each sample's (sequence, view) pair stood in the first `views` epochs, the order of the targets."""
+        samples = np.asarray(samples, dtype=np.int64)
+        stored = samples.copy()
+        late = samples >= self.views * self.size
         if late.any():
-            sequences, views = self.pairs(positions[late])
+            sequences, views = self.pairs(samples[late])
             found = np.empty_like(sequences)
             for view in np.unique(views):
                 here = views == view
@@ -99,10 +99,10 @@ class CorpusStream:
 
 
 class Mix:
-    """A low-discrepancy interleave of weighted streams by arithmetic: position -> (which stream, place in it).
+    """A low-discrepancy interleave of weighted streams by arithmetic: sample -> (which stream, place in it).
 
-    Stream 0 takes n_0(i) = floor((i·p + q/2) / q) of the first i positions (p/q its share of the whole); the rest is
-    divided in the same way. Exact integers throughout: no drift at any position below 2^47.
+    Stream 0 takes n_0(i) = floor((i·p + q/2) / q) of the first i samples (p/q its share of the whole); the rest is
+    divided in the same way. Exact integers throughout: no drift at any sample below 2^47.
     """
 
     def __init__(self, weights: Sequence[float]):
@@ -114,21 +114,21 @@ class Mix:
         if not all(0 < share < 1 for share in self.shares):
             raise ValueError(f"a weight is less than about 1/{FINEST_SHARE} of the rest, too little to ever be read")
 
-    def _count(self, share: Fraction, positions: Any) -> Any:
-        return (positions * share.numerator + share.denominator // 2) // share.denominator
+    def _count(self, share: Fraction, samples: Any) -> Any:
+        return (samples * share.numerator + share.denominator // 2) // share.denominator
 
-    def counts(self, position: int) -> list[int]:
-        """How many of the first `position` positions fall to each stream."""
-        counts, rest = [], position
+    def counts(self, sample: int) -> list[int]:
+        """How many of the first `sample` samples fall to each stream."""
+        counts, rest = [], sample
         for share in self.shares:
             here = self._count(share, rest)
             counts.append(here)
             rest -= here
         return [*counts, rest]
 
-    def __call__(self, positions: Positions) -> tuple[Positions, Positions]:
-        """Positions [N] to (stream index [N], place in that stream [N])."""
-        places = np.array(positions, dtype=np.int64)
+    def __call__(self, samples: Samples) -> tuple[Samples, Samples]:
+        """Samples [N] to (stream index [N], place in that stream [N])."""
+        places = np.array(samples, dtype=np.int64)
         streams = np.full(places.shape, len(self.shares), dtype=np.int64)
         open_ = np.ones(places.shape, dtype=bool)
         for index, share in enumerate(self.shares):

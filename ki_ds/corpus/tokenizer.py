@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ki_ds.errors import UserError, reason
-from ki_ds.sealed import digest
+from ki_ds.files import digest
 
 MLM_SPECIAL = {
     "bos_token": "<s>",

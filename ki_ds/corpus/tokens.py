@@ -19,9 +19,10 @@ import xxhash
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.errors import UserError
-from ki_ds.experiment import Corpus
+from ki_ds.experiment.schema import Corpus
+from ki_ds.files import remedy
 from ki_ds.progress import Progress
-from ki_ds.sealed import Manifest, open_sealed, remedy
+from ki_ds.sealed import Manifest, open_sealed
 
 BATCH_CHARACTERS = 1 << 20
 DOCUMENT_CHARACTERS = 256  # the least that a document counts for: its encoding takes about a kilobyte, however short

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_ds import distributed, heartbeat
 from ki_ds.engine import config as engine_config
 from ki_ds.engine import optimizers, universal
 from ki_ds.errors import UserError, reason
-from ki_ds.language_model import LanguageModel
-from ki_ds.partitioned import shape
+from ki_ds.files import remedy, sync, write_atomically
+from ki_ds.launch import distributed, heartbeat
+from ki_ds.models.language_model import LanguageModel
+from ki_ds.models.partitioned import shape
 from ki_ds.progress import say
-from ki_ds.sealed import remedy, sync, write_atomically
 
 RECORD = "ki_ds.json"
 LITTLE = 1 << 20  # bytes: how much is free where a write has just failed for want of room
@@ -63,7 +63,7 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
             raise
         problem = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         raise UserError(f"{here}: cannot be written: {problem.strerror}. {remedy(problem)}") from None
-    files = distributed.gather({str(file.relative_to(here)): file.stat().st_size for file in own})
+    files = distributed.all_gather_object({str(file.relative_to(here)): file.stat().st_size for file in own})
     if distributed.rank() == 0:
         record = {
             "step": step, "state": state, "world_size": distributed.world_size(),
@@ -118,7 +118,7 @@ def latest(folder: Path) -> Checkpoint | None:
         for left in folder.glob("universal-step-*"):  # of a conversion that was interrupted
             shutil.rmtree(left)
     # one rank reads for all: on a shared file system others may still see older files
-    found, problem = distributed.from_first((found, problem))
+    found, problem = distributed.broadcast_object((found, problem))
     if problem:
         raise UserError(problem)
     return found

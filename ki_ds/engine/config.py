@@ -8,10 +8,10 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from ki_ds import distributed
 from ki_ds.engine import features, optimizers
 from ki_ds.errors import UserError, nearest
-from ki_ds.experiment import Train
+from ki_ds.experiment.schema import Train
+from ki_ds.launch import distributed
 
 OWNED = {
     "train_batch_size": "train.batch_size",

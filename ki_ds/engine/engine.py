@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from ki_ds.batches import Plan
 from ki_ds.engine import config as engine_config
 from ki_ds.engine import features, optimizers
 from ki_ds.engine.loss_scale import LossScale
-from ki_ds.experiment import Train
-from ki_ds.language_model import LanguageModel
+from ki_ds.experiment.schema import Train
+from ki_ds.models.language_model import LanguageModel
+from ki_ds.training.batches import BatchLayout
 
 
 class Engine:
     """A DeepSpeed engine around a language model, stepped with a learning rate given at every step."""
 
-    def __init__(self, model: LanguageModel, train: Train, plan: Plan, config: dict[str, Any]):
+    def __init__(self, model: LanguageModel, train: Train, layout: BatchLayout, config: dict[str, Any]):
         import deepspeed
 
         features.prepare(model, config)
@@ -23,9 +23,9 @@ class Engine:
         optimizer = optimizers.new(model, train, config)
         joined = {
             **engine_config.for_deepspeed(config),
-            "train_batch_size": plan.batch_size,
-            "train_micro_batch_size_per_gpu": plan.micro_batch_size,
-            "gradient_accumulation_steps": plan.accumulation,
+            "train_batch_size": layout.batch_size,
+            "train_micro_batch_size_per_gpu": layout.micro_batch_size,
+            "gradient_accumulation_steps": layout.accumulation,
             "gradient_clipping": 0.0 if self.bare else train.gradient_clipping,
             "steps_per_print": 1 << 40,
         }
@@ -43,7 +43,7 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = learning_rate
         self.deepspeed.step()
-        guarded = self.optimizer if isinstance(self.optimizer, optimizers.Guarded) else None
+        guarded = self.optimizer if isinstance(self.optimizer, optimizers.ClippedOptimizer) else None
         norm = guarded.norm if guarded else self.deepspeed.get_global_grad_norm()
         applied = bool(self.deepspeed.was_step_applied())
         if applied and self.loss_scale:

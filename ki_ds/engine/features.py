@@ -10,10 +10,10 @@ from typing import Any
 
 import torch.utils.checkpoint
 
-from ki_ds import distributed
 from ki_ds.engine import apex, ops
 from ki_ds.errors import UserError, nearest
-from ki_ds.language_model import LanguageModel
+from ki_ds.launch import distributed
+from ki_ds.models.language_model import LanguageModel
 
 CHECKPOINTING = (
     "partition_activations", "contiguous_memory_optimization", "number_checkpoints", "cpu_checkpointing",

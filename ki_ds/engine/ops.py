@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ki_ds import distributed
 from ki_ds.errors import UserError, reason
+from ki_ds.launch import distributed
 from ki_ds.progress import say
 
 QUIET_S = 600.0  # a build that has written nothing for so long is over; its longest files take three minutes

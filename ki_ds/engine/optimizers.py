@@ -14,8 +14,8 @@ from torch import Tensor
 
 from ki_ds.engine import apex, ops
 from ki_ds.errors import UserError, nearest
-from ki_ds.experiment import Train
-from ki_ds.partitioned import shape
+from ki_ds.experiment.schema import Train
+from ki_ds.models.partitioned import shape
 
 FAMILIES = {"AdamW": "adamw", "ApexAdam": "adamw", "ApexLamb": "lamb"}
 OWNED = {"lr": "learning_rate", "betas": "betas", "eps": "epsilon", "weight_decay": "weight_decay"}
@@ -27,7 +27,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 ONE_BIT = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")
 
 
-class Guarded(torch.optim.Optimizer):
+class ClippedOptimizer(torch.optim.Optimizer):
     """Clips, and skips a step that is not finite: at ZeRO 0 DeepSpeed leaves both to the optimizer."""
 
     clip = 0.0
@@ -191,14 +191,14 @@ def new(model: torch.nn.Module, train: Train, config: dict[str, Any]) -> torch.o
         groups[1]["adapt"] = False
     numbers = {"lr": train.learning_rate, "betas": train.betas, "eps": train.epsilon}
     bare = config.get("zero_optimization", {}).get("stage", 0) == 0
-    made = type(f"Guarded{kind.__name__}", (Guarded, kind), {}) if bare else kind
+    made = type(f"ClippedOptimizer{kind.__name__}", (ClippedOptimizer, kind), {}) if bare else kind
     try:
         optimizer: torch.optim.Optimizer = made(groups, **numbers, **OPTIONS.get(kind.__name__, {}))
     except (RuntimeError, ImportError) as error:
         if kind.__module__.startswith("apex."):  # "requires cuda extensions"
             raise apex.unbuilt(f'optimizer.type: "{implementation(config)}"', error) from None
         raise
-    if isinstance(optimizer, Guarded):
+    if isinstance(optimizer, ClippedOptimizer):
         optimizer.clip = train.gradient_clipping
     return optimizer
 

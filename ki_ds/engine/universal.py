@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 
-from ki_ds import distributed
 from ki_ds.errors import UserError, reason
+from ki_ds.launch import distributed
 
 STATES = ("fp32", "exp_avg", "exp_avg_sq")
 OPTIMIZER_STATE = "optimizer_state.pt"
@@ -47,7 +47,7 @@ def convert(source: Path, stage: int, groups: list[dict[str, list[int]]], target
         if process is not None and process.poll() is not None:
             problem = "" if process.returncode == 0 else (process.communicate()[1].strip().splitlines() or ["?"])[-1]
             process = None
-        busy, problem = distributed.from_first((process is not None, problem))
+        busy, problem = distributed.broadcast_object((process is not None, problem))
         if not busy:
             break
         time.sleep(0.5)

@@ -7,14 +7,14 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ki_ds.kernels.choice import choose
-from ki_ds.kernels.chunked import ki_loss_chunked
-from ki_ds.kernels.logits import PLAIN, Logits, head
+from ki_ds.kernels.dispatch import choose
+from ki_ds.kernels.logit_transform import IDENTITY, LogitTransform, head
+from ki_ds.kernels.loss.chunked import ki_loss_chunked
+from ki_ds.kernels.loss.reference import KILoss, Rows, ki_loss_reference
 from ki_ds.kernels.packed import PackedTargets
-from ki_ds.kernels.reference import KILoss, Rows, ki_loss_reference
-from ki_ds.kernels.select import Predictions, select_targets
+from ki_ds.kernels.select.eager import Predictions, select_targets
 
-__all__ = ["PLAIN", "KILoss", "Logits", "PackedTargets", "Predictions", "ki_loss", "select_targets"]
+__all__ = ["IDENTITY", "KILoss", "LogitTransform", "PackedTargets", "Predictions", "ki_loss", "select_targets"]
 
 
 def ki_loss(
@@ -28,13 +28,13 @@ def ki_loss(
     *,
     weights_N: Tensor | None = None,
     vocabulary: int | None = None,
-    logits: Logits = PLAIN,
+    logits: LogitTransform = IDENTITY,
     impl: Literal["auto", "reference", "chunked", "triton"] = "auto",
 ) -> KILoss:
     """Σ_n w_n [(1 - α_n) CE_n + α_n τ² KL(teacher_n(τ) ‖ student_n(τ))], with its gradient (equations 1 to 4).
 
     Args:
-        hidden_ND: what the language-model head is applied to, one row a target position.
+        hidden_ND: what the language-model head is applied to, one a row.
         weight_VD, bias_V: the head, in the hidden states' type; the bias may be None.
         labels_N: int64, the true token; a negative label leaves the row out.
         targets: the teacher's packed predictions for the same rows; None where no row has a teacher.
@@ -78,7 +78,7 @@ def ki_loss(
         if chosen == "reference":
             return ki_loss_reference(*arguments)
         if chosen == "triton":
-            from ki_ds.kernels.triton_loss import chunk_loss
+            from ki_ds.kernels.loss.triton_loss import chunk_loss
 
             return ki_loss_chunked(*arguments, chunk_loss)
         return ki_loss_chunked(*arguments)

@@ -1,6 +1,6 @@
 """Packed targets: what the loss reads, planes of small integers exactly as they are stored.
 
-N positions, K kept ids a position. A row with count 0 has no target. The teacher's probabilities at temperature τ:
+N rows, K kept ids a row. A row with count 0 has no target. The teacher's probabilities at temperature τ:
 
     p_nk ∝ exp(-quantum · (v + 7 · max(v - 192, 0)) / τ)    for the value v = values_nk; renormalised over the kept
                                               ids, or, with a tail, over these and one outcome more, "any other id"
@@ -20,7 +20,7 @@ FINE, COARSE = 192, 8  # up to FINE a value is a quantum, from there on COARSE q
 
 @dataclass(frozen=True)
 class PackedTargets:
-    """Teacher predictions for N positions."""
+    """Teacher predictions for N rows."""
 
     ids_NK: Tensor  # int16, the low 16 bits of the id
     high_NK: Tensor | None  # uint8, the bits above; None where the vocabulary fits in 16 bits

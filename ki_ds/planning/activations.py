@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
-from ki_ds.models import outline
+from ki_ds.models.flops import outline
 
 
 class Kept(NamedTuple):

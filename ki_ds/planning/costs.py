@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ki_ds import models
 from ki_ds.corpus.tokenizer import TextTokenizer
-from ki_ds.experiment import Experiment
-from ki_ds.inherit import teacher_steps
+from ki_ds.experiment.schedules import teacher_steps
+from ki_ds.experiment.schema import Experiment
+from ki_ds.models import flops
 
 if TYPE_CHECKING:
     from ki_ds.workspace import Workspace
 
 
-def targets_per_sequence(e: Experiment) -> float:
-    """Target positions of a sequence, on average."""
+def rows_per_sequence(e: Experiment) -> float:
+    """Rows of a sequence, on average."""
     return e.sequence_length - 1 if e.objective == "clm" else (e.sequence_length - 2) * e.masking.probability
 
 
@@ -22,10 +22,10 @@ def cost(space: Workspace, name: str, tokenizer: TextTokenizer) -> dict[str, Any
     """Parameters and FLOPs of a model: of a forward pass over a sequence, and of a training step."""
     e = space.experiment
     config = space.model_config(name, tokenizer)
-    forward = models.forward_flops(config, e.objective, e.sequence_length, targets_per_sequence(e))
+    forward = flops.forward_flops(config, e.objective, e.sequence_length, rows_per_sequence(e))
     train = e.models[name].train
     return {
-        "parameters": models.count_parameters(config, e.objective),
+        "parameters": flops.count_parameters(config, e.objective),
         "flops_per_sequence": forward,
         "flops_per_step": 3 * forward * train.batch_size if train else 0.0,
     }

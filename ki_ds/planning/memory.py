@@ -21,9 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from ki_ds import models
-from ki_ds.kernels.chunked import CHUNK_BYTES, LEAST_ROWS, MOST_ROWS
-from ki_ds.kernels.select import LOGIT_BYTES
+from ki_ds.kernels.loss.chunked import CHUNK_BYTES, LEAST_ROWS, MOST_ROWS
+from ki_ds.kernels.select.eager import LOGIT_BYTES
+from ki_ds.models import architectures, flops
 from ki_ds.planning.activations import Kept, Pass, kept
 
 Where = Literal["device", "host", "nvme"]
@@ -54,7 +54,7 @@ class Model(NamedTuple):
 
 def outlined(config: Any, objective: str) -> Model:
     """Of a Hugging Face configuration."""
-    model = models.outline(config, objective)
+    model = flops.outline(config, objective)
     head = model.get_output_embeddings().weight
     return Model(tuple(p.numel() for p in model.parameters()), head.shape[1], head.shape[0])
 
@@ -63,7 +63,7 @@ class Micro(NamedTuple):
     """What a rank computes at once."""
 
     tokens: int  # sequences · sequence length
-    targets: int  # target positions
+    rows: int  # tokens to be predicted
     k: int  # kept entries of a target; 0: no teacher
     kept: Kept  # activations
 
@@ -156,8 +156,8 @@ def estimate(model: Model, micro: Micro, ranks: int, config: dict[str, Any], gpu
     items = [*states(model, ranks, how), *gradients(model, ranks, how, gpu)]
     items += [
         *activations(micro.kept, how),
-        Item("loss", "device", "backward", loss(model, micro, how, gpu)),
-        Item("targets", "device", "backward", targets(model, micro)),
+        Item("loss", "device", "backward", loss_bytes(model, micro, how, gpu)),
+        Item("targets", "device", "backward", target_bytes(model, micro)),
     ]
     return Estimate(tuple(item for item in items if item.bytes))
 
@@ -243,10 +243,10 @@ def activations(kept: Kept, how: Setting) -> list[Item]:
     return [inputs, Item("activations of a layer", "device", "backward", kept.layer)]
 
 
-def loss(model: Model, micro: Micro, how: Setting, gpu: bool) -> float:
+def loss_bytes(model: Model, micro: Micro, how: Setting, gpu: bool) -> float:
     """Of `ki_ds.kernels.chunked`: hidden states at the targets and their gradient, the head's gradient in fp32, and a
     chunk of logits or, when that is gone, the gradients in the weights' own type."""
-    rows, hidden, vocabulary = micro.targets, model.hidden, model.vocabulary
+    rows, hidden, vocabulary = micro.rows, model.hidden, model.vocabulary
     if gpu:
         chunk, wide = min(rows, max(2 * hidden, LEAST_ROWS), MOST_ROWS), 0
     else:
@@ -258,16 +258,16 @@ def loss(model: Model, micro: Micro, how: Setting, gpu: bool) -> float:
     return rows * hidden * (4 + how.compute) + 4 * head + cast + max(logits, scaled)
 
 
-def targets(model: Model, micro: Micro) -> float:
-    """Inputs of a micro-batch: ids, target positions, labels, α; and the teacher's kept entries, as they are packed."""
+def target_bytes(model: Model, micro: Micro) -> float:
+    """Inputs of a micro-batch: ids, rows, labels, α; and the teacher's kept entries, as they are packed."""
     entry = 3 if model.vocabulary <= 1 << 16 else 4
-    return 8 * micro.tokens + micro.targets * (20 + (8 + micro.k * entry if micro.k else 0))
+    return 8 * micro.tokens + micro.rows * (20 + (8 + micro.k * entry if micro.k else 0))
 
 
 def inference(config: Any, objective: str, sequences: int, length: int, gpu: bool) -> float:
     """Bytes that a teacher takes on a rank: its weights in fp32, the tensors of a layer, a chunk of logits."""
     model, quiet = outlined(config, objective), copy.deepcopy(config)
-    models.set_dropout(quiet, 0.0)
+    architectures.set_dropout(quiet, 0.0)
     working = kept(quiet, objective, Pass(sequences, length, torch.float32, None, gpu)).everything
     logits = LOGIT_BYTES["triton" if gpu else "chunked"]
     return 4 * model.parameters + working / config.num_hidden_layers + logits

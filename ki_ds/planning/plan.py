@@ -10,17 +10,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ki_ds import models
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.engine import config as engine_config
-from ki_ds.experiment import Experiment
-from ki_ds.graph import Stage, stages, targets_needed
-from ki_ds.inference.teacher import MICRO_BATCH
-from ki_ds.pipeline import expected_tokenizer, stage_state
+from ki_ds.experiment.graph import Stage, stages, targets_needed
+from ki_ds.experiment.schema import Experiment
+from ki_ds.experiment.strict import read_json
+from ki_ds.models import architectures
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Kept, Pass, kept
-from ki_ds.planning.costs import cost, targets_per_sequence
-from ki_ds.strict import read_json
+from ki_ds.planning.costs import cost, rows_per_sequence
+from ki_ds.stages.pipeline import expected_tokenizer, stage_state
+from ki_ds.teaching.teacher import MICRO_BATCH
 from ki_ds.workspace import SHIPPED, Workspace
 
 GIB = 1 << 30
@@ -106,7 +106,7 @@ class Need:
         self.e: Experiment = space.experiment
         self.train, self.ranks, self.gpu = model.train, ranks, gpu
         self.config = copy.deepcopy(space.model_config(name, tokenizer))
-        models.set_dropout(self.config, model.train.dropout)
+        architectures.set_dropout(self.config, model.train.dropout)
         self.k = model.inherit.targets.selection(model.inherit.temperature).k if model.inherit else 0
         self.found: dict[Pass, Kept] = {}
 
@@ -126,7 +126,7 @@ class Need:
     def at(self, engine: dict[str, Any], sequences: int) -> memory.Estimate:
         """Under an engine JSON, with so many sequences at once."""
         tokens = sequences * self.e.sequence_length
-        rows = math.ceil(sequences * targets_per_sequence(self.e))
+        rows = math.ceil(sequences * rows_per_sequence(self.e))
         micro = memory.Micro(tokens, rows, self.k, self.kept(engine, sequences))
         return memory.estimate(self.model, micro, self.ranks, engine, self.gpu)
 
@@ -220,8 +220,8 @@ def taught(space: Workspace, stage: Stage, tokenizer: TextTokenizer, gpu: bool) 
     per_entry = 4 if tokenizer.size > 1 << 16 else 3  # before zstd
     config = space.model_config(needed.teacher, tokenizer)
     return {
-        "tokens": needed.positions * e.sequence_length,
-        "flops": needed.positions * cost(space, needed.teacher, tokenizer)["flops_per_sequence"],
-        "bytes": needed.positions * targets_per_sequence(e) * (10 + needed.selection.k * per_entry),
+        "tokens": needed.samples * e.sequence_length,
+        "flops": needed.samples * cost(space, needed.teacher, tokenizer)["flops_per_sequence"],
+        "bytes": needed.samples * rows_per_sequence(e) * (10 + needed.selection.k * per_entry),
         "memory": memory.inference(config, e.objective, MICRO_BATCH, e.sequence_length, gpu),
     }

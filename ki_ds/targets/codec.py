@@ -1,6 +1,6 @@
 """Packed planes of teacher predictions, and their form on disk (FORMAT.md).
 
-n positions, K kept ids a position, S scalars, E entries that hold in all.
+n rows, K kept ids a row, S scalars, E entries that hold in all.
 
 In memory a target is planes of small integers that the loss reads as they are: ids, rising, in a 16-bit plane (and an
 8-bit plane above it where the vocabulary needs it); and beside each id how far its log-probability lies below
@@ -51,7 +51,7 @@ def quantum(mean_nats: float, lowest_temperature: float = 1.0) -> float:
 
 @dataclass(frozen=True)
 class Planes:
-    """Targets of n positions."""
+    """Targets of n rows."""
 
     ids_nK: np.ndarray  # uint16, low bits; rising within a row; 0 where an entry does not hold
     high_nK: np.ndarray | None  # uint8, bits above 16

@@ -1,4 +1,4 @@
-"""A folder of shards, local or behind a URL, read by stream position."""
+"""A folder of shards, local or behind a URL, read by sample."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ THREADS = 8  # of reads that wait for a server at the same time
 
 @dataclass(frozen=True)
 class Targets:
-    """What is stored at some stream positions."""
+    """What is stored at some samples."""
 
     planes: Planes
-    rows: list[int]  # of each position
+    rows: list[int]  # of each sample
     digests: list[int]  # of the input that the teacher saw
 
 
@@ -43,13 +43,13 @@ class ShardFolder:
     def __init__(
         self,
         folder: Place,
-        positions: int,
-        positions_per_shard: int,
+        samples: int,
+        samples_per_shard: int,
         header: dict[str, Any] | None = None,
         keep: int = 128,
     ):
         """`header`: what every shard's header must say, for instance its codec. `keep`: indices in memory."""
-        self.folder, self.positions, self.per_shard = folder, positions, positions_per_shard
+        self.folder, self.samples, self.per_shard = folder, samples, samples_per_shard
         self.header, self.keep = header or {}, keep
         self.shards: OrderedDict[int, Shard] = OrderedDict()
         self.lock = threading.Lock()
@@ -60,13 +60,13 @@ class ShardFolder:
         """Of every shard, where the folder was opened by its manifest."""
         return Codec.read(self.header["codec"])
 
-    def read(self, positions: np.ndarray) -> Targets:
-        """The targets of stream positions, in their order; neighbours are read at once, the rest in threads.
+    def read(self, samples: np.ndarray) -> Targets:
+        """The targets of samples, in their order; neighbours are read at once, the rest in threads.
 
         Raises:
             UserError: a shard is missing or damaged.
         """
-        runs = self._runs([int(position) for position in positions])
+        runs = self._runs([int(sample) for sample in samples])
         if len(runs) == 1:
             parts = [self._run(runs[0])]
         else:
@@ -77,30 +77,30 @@ class ShardFolder:
         for shard, part in _joined(parts):
             planes.append(shard.planes(part))
         if not planes:
-            raise ValueError("no position was asked for")
+            raise ValueError("no sample was asked for")
         return Targets(codec.concatenate(planes), [f.rows for f in frames], [f.digest for f in frames])
 
     def batches(self) -> Iterator[np.ndarray]:
-        """All positions in order, as many at once as take a bounded amount of memory."""
+        """All samples in order, as many at once as take a bounded amount of memory."""
         for number in range(len(self)):
             start = number * self.per_shard
-            for first, count in self.shard(number).batches(start, min(start + self.per_shard, self.positions)):
+            for first, count in self.shard(number).batches(start, min(start + self.per_shard, self.samples)):
                 yield np.arange(first, first + count)
 
-    def _runs(self, positions: list[int]) -> list[tuple[int, int]]:
-        """(first, count) of consecutive positions within a shard."""
+    def _runs(self, samples: list[int]) -> list[tuple[int, int]]:
+        """(first, count) of consecutive samples within a shard."""
         runs: list[tuple[int, int]] = []
-        for position in positions:
-            if not 0 <= position < self.positions:
+        for sample in samples:
+            if not 0 <= sample < self.samples:
                 raise UserError(
-                    f"{self.folder}: holds positions 0 to {self.positions}, asked for {position}. Run `ki-ds teach`: "
+                    f"{self.folder}: holds samples 0 to {self.samples}, asked for {sample}. Run `ki-ds teach`: "
                     "it appends what is missing."
                 )
             first, count = runs[-1] if runs else (-1, 0)
-            if runs and position == first + count and position // self.per_shard == first // self.per_shard:
+            if runs and sample == first + count and sample // self.per_shard == first // self.per_shard:
                 runs[-1] = (first, count + 1)
             else:
-                runs.append((position, 1))
+                runs.append((sample, 1))
         return runs
 
     def _run(self, run: tuple[int, int]) -> tuple[Shard, list[Raw]]:
@@ -128,7 +128,7 @@ class ShardFolder:
     def _open(self, number: int) -> Shard:
         shard = Shard(join(self.folder, self.name(number)))
         start = number * self.per_shard
-        expected = {**self.header, "start": start, "end": min(start + self.per_shard, self.positions)}
+        expected = {**self.header, "start": start, "end": min(start + self.per_shard, self.samples)}
         for key, value in expected.items():
             if shard.header.get(key) != value:
                 raise shard.bad(f"its header gives {key} = {shard.header.get(key)}, expected {value}")
@@ -137,7 +137,7 @@ class ShardFolder:
     def name(self, number: int) -> str:
         """File name of the shard with this number."""
         start = number * self.per_shard
-        return shard_name(start, min(start + self.per_shard, self.positions))
+        return shard_name(start, min(start + self.per_shard, self.samples))
 
     def fits(self, name: str) -> bool:
         """Whether a file is one of this folder's shards, or would be if the folder were longer."""
@@ -147,7 +147,7 @@ class ShardFolder:
         return bool(found) and not rest and (end - start == self.per_shard or self.name(number) == name)
 
     def __len__(self) -> int:
-        return -(-self.positions // self.per_shard)
+        return -(-self.samples // self.per_shard)
 
     def missing(self) -> list[int]:
         """Numbers of the shards that are not there."""
@@ -167,10 +167,10 @@ def _joined(parts: list[tuple[Shard, list[Raw]]]) -> list[tuple[Shard, list[Raw]
 
 
 def finish(
-    folder: Path, identity: sealed.Identity, positions: int, per_shard: int, header: dict[str, Any]
+    folder: Path, identity: sealed.Identity, samples: int, per_shard: int, header: dict[str, Any]
 ) -> sealed.Manifest:
     """Seal a targets folder whose shards are all there."""
-    facts = {"positions": positions, "positions_per_shard": per_shard, "header": header}
+    facts = {"samples": samples, "samples_per_shard": per_shard, "header": header}
     return sealed.seal(folder, identity, facts, leave_out=(ASIDE, CLAIMS), synced="*.kit")
 
 
@@ -199,11 +199,11 @@ def read_facts(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
 def _check_facts(data: dict[str, Any]) -> None:
     if data["stage"] != "teach":
         raise ValueError(f"stage {json.dumps(data['stage'])}")
-    for name, least in (("positions", 0), ("positions_per_shard", 1)):
+    for name, least in (("samples", 0), ("samples_per_shard", 1)):
         found = data["facts"].get(name)
         if type(found) is not int or not least <= found < 1 << 47:
             raise ValueError(f"{name}: found {json.dumps(found)}, expected a whole number")
-    if -(-data["facts"]["positions"] // data["facts"]["positions_per_shard"]) > MOST_SHARDS:
+    if -(-data["facts"]["samples"] // data["facts"]["samples_per_shard"]) > MOST_SHARDS:
         raise ValueError(f"more than {MOST_SHARDS} shards")
     header = data["facts"].get("header")
     if not isinstance(header, dict):
@@ -218,4 +218,4 @@ def open_folder(folder: Place) -> ShardFolder:
         UserError: it is not there, not sealed, or holds no targets.
     """
     facts, _ = read_facts(folder)
-    return ShardFolder(folder, facts["positions"], facts["positions_per_shard"], facts["header"])
+    return ShardFolder(folder, facts["samples"], facts["samples_per_shard"], facts["header"])

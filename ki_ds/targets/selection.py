@@ -35,7 +35,7 @@ def tail_name(temperature: float) -> str:
 
 
 def scalar_names(selection: Selection, temperatures: Sequence[float]) -> tuple[str, ...]:
-    """What is stored of each position beside its entries."""
+    """What is stored of each row beside its entries."""
     if selection.kind == "sampled":
         return ("truth",)
     return ("first", "truth", *(tail_name(t) for t in sorted({1.0, *temperatures})))

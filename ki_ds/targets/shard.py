@@ -1,7 +1,7 @@
-"""Shard files: the frames of a fixed range of stream positions, found through an index, checked on reading.
+"""Shard files: the frames of a fixed range of samples, found through an index, checked on reading.
 
     magic 8 | version u32 | header length u32 | header checksum u64 | header (JSON)
-    frames, one a stream position, each zstd
+    frames, one a sample, each zstd
     index, 40 bytes a frame: offset u64 | compressed u32 | raw u32 | rows u32 | 0 u32 | checksum of the raw bytes u64
                              | digest of the input u64
     footer 32 bytes: index offset u64, frames u64, index checksum u64, magic 8
@@ -25,7 +25,7 @@ import xxhash
 import zstandard
 
 from ki_ds.errors import UserError, reason
-from ki_ds.sealed import write_atomically
+from ki_ds.files import write_atomically
 from ki_ds.targets import codec
 from ki_ds.targets.codec import QUANTA, Codec, Planes
 from ki_ds.targets.source import Place, Source
@@ -38,7 +38,7 @@ INDEX = np.dtype([("offset", "<u8"), ("compressed", "<u4"), ("raw", "<u4"), ("ro
                   ("checksum", "<u8"), ("digest", "<u8")])  # fmt: skip
 LARGEST_HEADER = 1 << 20
 LARGEST_RATIO = 1 << 15  # of zstd: a block of one repeated byte takes 4 bytes for 128 KiB
-LARGEST_PLANE = 1 << 26  # rows · K of a position: 65,536 tokens of 1,024 ids; in memory rows are not ragged
+LARGEST_PLANE = 1 << 26  # rows · K of a sample: 65,536 tokens of 1,024 ids; in memory rows are not ragged
 MOST_FRAMES, MOST_SLOTS = 64, 1 << 22  # of what a tool reads at once
 HEAD, TAIL = 1 << 13, 1 << 16  # read at once from the file's ends: most often header and index are in them
 NUMBERS = ("start", "end", "rows", "entries", "sequence_length")  # whole numbers that a header gives
@@ -46,13 +46,13 @@ _local = threading.local()
 
 
 def shard_name(start: int, end: int) -> str:
-    """File name of the shard of positions [start, end)."""
+    """File name of the shard of samples [start, end)."""
     return f"targets-{start:09d}-{end:09d}.kit"
 
 
 @dataclass(frozen=True)
 class Block:
-    """Compressed frames of consecutive positions, ready to be written."""
+    """Compressed frames of consecutive samples, ready to be written."""
 
     frames: list[bytes]
     index: np.ndarray  # INDEX; offsets are not known yet
@@ -61,10 +61,10 @@ class Block:
 
 
 def pack_block(how: Codec, planes: Planes, ends: np.ndarray, digests: np.ndarray, distortion_n: np.ndarray) -> Block:
-    """Encode and compress the rows of consecutive positions; releases the interpreter's lock for most of its time.
+    """Encode and compress the rows of consecutive samples; releases the interpreter's lock for most of its time.
 
     Args:
-        ends: [P] where each position's rows end.
+        ends: [P] where each sample's rows end.
         digests: uint64 [P], of the input that the teacher saw.
     """
     zstd = getattr(_local, "compressor", None)
@@ -110,7 +110,7 @@ def check_bound(blocks: Sequence[Block], bound: Bound, how: Codec, place: str) -
 
 
 def write_shard(path: Path, how: Codec, header: dict[str, Any], start: int, blocks: Sequence[Block]) -> dict[str, Any]:
-    """Write the shard of the positions from `start` on; `header` gives sequence_length and whatever else is to stand in
+    """Write the shard of the samples from `start` on; `header` gives sequence_length and whatever else is to stand in
     it. Returns the whole header.
 
     Raises:
@@ -142,7 +142,7 @@ class Damaged(UserError):
 class Raw:
     """A decompressed, checked frame."""
 
-    position: int
+    sample: int
     digest: int
     rows: int
     data: bytes
@@ -214,7 +214,7 @@ class Shard:
         if not fits:
             raise self.bad("the frames do not lie one behind the other from the header to the index")
         if len(index) != header["end"] - header["start"]:
-            raise self.bad(f"has {len(index)} frames for positions {header['start']} to {header['end']}")
+            raise self.bad(f"has {len(index)} frames for samples {header['start']} to {header['end']}")
         raw, rows = index["raw"].astype(np.int64), index["rows"].astype(np.int64)
         per_row, per_entry = how.frame_bytes(1, 0), how.frame_bytes(0, 1)
         entries = (raw - rows * per_row) // per_entry
@@ -223,12 +223,12 @@ class Shard:
         wrong |= rows * how.k > LARGEST_PLANE
         if wrong.any() or (index["zero"] != 0).any():
             place = header["start"] + int(np.flatnonzero(wrong | (index["zero"] != 0))[0])
-            raise self.bad(f"position {place}: the index entry does not fit the header or the file")
+            raise self.bad(f"sample {place}: the index entry does not fit the header or the file")
         if (int(rows.sum()), int(entries.sum())) != (header["rows"], header["entries"]):
             raise self.bad(f"the index has {rows.sum()} rows and {entries.sum()} entries, the header says otherwise")
 
     def batches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
-        """(first, count) of runs of positions that take a bounded amount of memory to read and decode at once."""
+        """(first, count) of runs of samples that take a bounded amount of memory to read and decode at once."""
         first = start
         while first < end:
             rows = self.index["rows"][first - self.header["start"] :][:MOST_FRAMES].astype(np.int64)
@@ -254,37 +254,37 @@ class Shard:
         )
 
     def read(self, first: int, count: int = 1) -> list[Raw]:
-        """The frames of `count` consecutive positions, decompressed and checked.
+        """The frames of `count` consecutive samples, decompressed and checked.
 
         Raises:
             UserError: the shard does not hold them, or one is damaged.
         """
         place = first - self.header["start"]
         if not 0 <= place <= place + count <= len(self.index):
-            raise self.bad(f"holds positions {self.header['start']} to {self.header['end']}, asked for {first}")
+            raise self.bad(f"holds samples {self.header['start']} to {self.header['end']}, asked for {first}")
         entries = self.index[place : place + count]
         if not count:
             return []
         begin, last = int(entries[0]["offset"]), entries[-1]
         data = memoryview(self._read(begin, int(last["offset"]) + int(last["compressed"]) - begin))
         found = []
-        for position, (at, size, raw, rows, _, checksum, digest) in enumerate(entries.tolist(), first):
+        for sample, (at, size, raw, rows, _, checksum, digest) in enumerate(entries.tolist(), first):
             packed = data[at - begin : at - begin + size]
-            found.append(Raw(position, digest, rows, self._decompressed(packed, raw, checksum, position)))
+            found.append(Raw(sample, digest, rows, self._decompressed(packed, raw, checksum, sample)))
         return found
 
-    def _decompressed(self, packed: memoryview, raw: int, checksum: int, position: int) -> bytes:
+    def _decompressed(self, packed: memoryview, raw: int, checksum: int, sample: int) -> bytes:
         zstd = getattr(_local, "decompressor", None)
         if zstd is None:
             zstd = _local.decompressor = zstandard.ZstdDecompressor()
         try:
             if zstandard.frame_content_size(packed) != raw:  # it is allocated before anything is decompressed
-                raise self.bad(f"position {position}: the frame has another size than the index says")
+                raise self.bad(f"sample {sample}: the frame has another size than the index says")
             data: bytes = zstd.decompress(packed, allow_extra_data=False)
         except zstandard.ZstdError as error:
-            raise self.bad(f"position {position}: cannot be decompressed ({error})") from None
+            raise self.bad(f"sample {sample}: cannot be decompressed ({error})") from None
         if len(data) != raw or xxhash.xxh3_64_intdigest(data) != checksum:
-            raise self.bad(f"position {position}: the frame's checksum does not match")
+            raise self.bad(f"sample {sample}: the frame's checksum does not match")
         return data
 
     def planes(self, frames: list[Raw]) -> Planes:
@@ -300,5 +300,5 @@ class Shard:
                 try:
                     self.codec.decode([frame.data], [frame.rows])
                 except ValueError as error:
-                    raise self.bad(f"position {frame.position}: {error}") from None
+                    raise self.bad(f"sample {frame.sample}: {error}") from None
             raise

@@ -30,13 +30,13 @@ def same(one, two):
     """As far as a model can tell: labels count at targets only."""
     return (
         np.array_equal(one.inputs_BS, two.inputs_BS)
-        and np.array_equal(one.targets_BS, two.targets_BS)
-        and np.array_equal(one.labels_BS[one.targets_BS], two.labels_BS[two.targets_BS])
+        and np.array_equal(one.loss_mask_BS, two.loss_mask_BS)
+        and np.array_equal(one.labels_BS[one.loss_mask_BS], two.labels_BS[two.loss_mask_BS])
     )
 
 
 def rows(view, which):
-    return View(view.inputs_BS[which], view.targets_BS[which], view.labels_BS[which])
+    return View(view.inputs_BS[which], view.loss_mask_BS[which], view.labels_BS[which])
 
 
 def within(count, trials, share):
@@ -52,7 +52,7 @@ def test_rates_of_choice_mask_random_and_kept(probability):
     tokens = corpus(200)
     view = viewer(probability=probability)(tokens, np.arange(200), np.zeros(200, int))
     ordinary = ~np.isin(tokens, SPECIAL)
-    chosen = view.targets_BS
+    chosen = view.loss_mask_BS
     assert within(chosen.sum(), ordinary.sum(), probability)
     masked = (view.inputs_BS == MASK) & chosen
     changed = chosen & ~masked & (view.inputs_BS != tokens)
@@ -65,7 +65,7 @@ def test_rates_of_choice_mask_random_and_kept(probability):
 def test_random_replacements_cover_every_ordinary_token_evenly_and_no_special_one():
     tokens = np.full((400, 512), 5, np.uint16)
     view = viewer(probability=0.9)(tokens, np.arange(400), np.zeros(400, int))
-    random = view.inputs_BS[view.targets_BS & (view.inputs_BS != MASK) & (view.inputs_BS != 5)]
+    random = view.inputs_BS[view.loss_mask_BS & (view.inputs_BS != MASK) & (view.inputs_BS != 5)]
     counts = np.bincount(random, minlength=VOCABULARY)
     assert not counts[SPECIAL].any() and counts[5] == 0
     assert all(within(count, len(random), 1 / 44) for count in counts[6:])
@@ -77,26 +77,26 @@ def test_special_tokens_are_neither_chosen_nor_changed_nor_made(ids, sequence, n
     tokens = np.array([ids])
     view = viewer(probability=0.9)(tokens, np.array([sequence]), np.array([number]))
     special = np.isin(tokens, SPECIAL)
-    assert not view.targets_BS[special].any()
-    assert np.array_equal(view.inputs_BS[~view.targets_BS], tokens[~view.targets_BS])
-    made = view.inputs_BS[view.targets_BS]
+    assert not view.loss_mask_BS[special].any()
+    assert np.array_equal(view.inputs_BS[~view.loss_mask_BS], tokens[~view.loss_mask_BS])
+    made = view.inputs_BS[view.loss_mask_BS]
     assert np.isin(made[made != MASK], np.setdiff1d(np.arange(VOCABULARY), SPECIAL)).all()
-    assert np.array_equal(view.labels_BS[view.targets_BS], tokens[view.targets_BS])
+    assert np.array_equal(view.labels_BS[view.loss_mask_BS], tokens[view.loss_mask_BS])
 
 
 def test_every_index_is_chosen_equally_often_over_sequences():
-    counts = viewer()(np.full((4000, 64), 9), np.arange(4000), np.zeros(4000, int)).targets_BS.sum(axis=0)
+    counts = viewer()(np.full((4000, 64), 9), np.arange(4000), np.zeros(4000, int)).loss_mask_BS.sum(axis=0)
     assert all(within(count, 4000, 0.15) for count in counts)
 
 
 def test_a_sequence_of_special_tokens_has_no_target():
     view = viewer()(np.zeros((2, 16), np.uint16), np.arange(2), np.zeros(2, int))
-    assert not view.targets_BS.any() and not view.inputs_BS.any()
+    assert not view.loss_mask_BS.any() and not view.inputs_BS.any()
 
 
 def test_special_tokens_at_the_end_of_the_vocabulary():
     view = viewer(special=[49, 48], mask=48, probability=0.9)(np.full((50, 64), 7), np.arange(50), np.zeros(50, int))
-    random = view.inputs_BS[view.targets_BS & (view.inputs_BS != 48)]
+    random = view.inputs_BS[view.loss_mask_BS & (view.inputs_BS != 48)]
     assert 49 not in random and 0 in random
 
 
@@ -119,7 +119,7 @@ def test_inputs_are_not_written_to_nor_shared():
         tokens.flags.writeable = False
         view = viewer(objective)(tokens, np.arange(4), np.zeros(4, int))
         assert np.array_equal(tokens, corpus(4, 32)) and not np.shares_memory(view.inputs_BS, tokens)
-        assert view.inputs_BS.dtype == np.int32 and view.targets_BS.dtype == bool and view.labels_BS.dtype == np.int32
+        assert view.inputs_BS.dtype == np.int32 and view.loss_mask_BS.dtype == bool and view.labels_BS.dtype == np.int32
 
 
 @pytest.mark.parametrize("dtype", ["<u2", "<u4", np.int32, np.int64])
@@ -131,14 +131,16 @@ def test_the_width_of_the_stored_ids_does_not_matter(dtype):
 def test_ids_beyond_two_bytes():
     tokens = corpus(4, 32, vocabulary=100_000, dtype=np.uint32)
     view = viewer(vocabulary=100_000)(tokens, np.arange(4), np.zeros(4, int))
-    assert np.array_equal(view.labels_BS[view.targets_BS], tokens[view.targets_BS]) and view.labels_BS.max() > 65_536
+    assert (
+        np.array_equal(view.labels_BS[view.loss_mask_BS], tokens[view.loss_mask_BS]) and view.labels_BS.max() > 65_536
+    )
 
 
 def test_views_sequences_seeds_and_corpora_are_masked_differently():
     tokens = np.full((1, 2000), 9)
 
     def chosen(sequence=0, number=0, **more):
-        return viewer(**more)(tokens, np.array([sequence]), np.array([number])).targets_BS[0]
+        return viewer(**more)(tokens, np.array([sequence]), np.array([number])).loss_mask_BS[0]
 
     found = [chosen(), chosen(number=1), chosen(number=VALIDATION_VIEW), chosen(sequence=1), chosen(1, 1),
              chosen(seed=2), chosen(corpus="decade")]  # fmt: skip
@@ -150,11 +152,11 @@ def test_views_sequences_seeds_and_corpora_are_masked_differently():
 def test_the_tokens_do_not_move_the_masking():
     """Choice goes by place, so that two domains with one sequence number do not leak into each other's rates."""
     one, two = (viewer()(np.full((3, 64), token), np.arange(3), np.zeros(3, int)) for token in (9, 10))
-    assert np.array_equal(one.targets_BS, two.targets_BS)
+    assert np.array_equal(one.loss_mask_BS, two.loss_mask_BS)
 
 
 def test_a_higher_probability_chooses_more_of_the_same():
-    low, high = (viewer(probability=p)(corpus(5), np.arange(5), np.zeros(5, int)).targets_BS for p in (0.15, 0.3))
+    low, high = (viewer(probability=p)(corpus(5), np.arange(5), np.zeros(5, int)).loss_mask_BS for p in (0.15, 0.3))
     assert (high | low).sum() == high.sum() > low.sum()
 
 
@@ -165,7 +167,7 @@ def test_causal_view_predicts_the_next_token_and_nothing_behind_the_last():
     tokens = corpus(3, 16)
     view = viewer("clm", mask=None)(tokens, np.arange(3), np.zeros(3, int))
     assert np.array_equal(view.inputs_BS, tokens)
-    assert view.targets_BS[:, :-1].all() and not view.targets_BS[:, -1].any()
+    assert view.loss_mask_BS[:, :-1].all() and not view.loss_mask_BS[:, -1].any()
     assert np.array_equal(view.labels_BS[:, :-1], tokens[:, 1:])
 
 
@@ -222,10 +224,10 @@ def test_digests_are_of_rows_whatever_the_memory_order():
     view = viewer()(corpus(6, 32), np.arange(6), np.zeros(6, int))
     whole = Viewer.digests(view)
     assert whole.shape == (6,) and whole.dtype == np.uint64 and len(set(whole.tolist())) == 6
-    turned = View(*(np.asfortranarray(array) for array in (view.inputs_BS, view.targets_BS, view.labels_BS)))
+    turned = View(*(np.asfortranarray(array) for array in (view.inputs_BS, view.loss_mask_BS, view.labels_BS)))
     assert np.array_equal(Viewer.digests(turned), whole)
     assert np.array_equal(Viewer.digests(rows(view, [4, 1])), whole[[4, 1]])
-    wide = View(view.inputs_BS.astype(np.int64), view.targets_BS, view.labels_BS.astype(np.int64))
+    wide = View(view.inputs_BS.astype(np.int64), view.loss_mask_BS, view.labels_BS.astype(np.int64))
     assert np.array_equal(Viewer.digests(wide), whole)
 
 

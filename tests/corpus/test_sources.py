@@ -24,7 +24,7 @@ from ki_ds.corpus import documentation
 from ki_ds.corpus import sources as module
 from ki_ds.corpus.sources import Tally, documents, files
 from ki_ds.errors import UserError
-from ki_ds.experiment import DatasetSource, DocumentationSource, JsonLinesSource, ParquetSource, TextSource
+from ki_ds.experiment.schema import DatasetSource, DocumentationSource, JsonLinesSource, ParquetSource, TextSource
 
 LONG = "A docstring that is long enough to be kept. " * 6
 

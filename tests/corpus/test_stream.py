@@ -1,4 +1,4 @@
-"""The stream: hashing, permutations, (sequence, view) pairs and mixes, as a pure function of the position."""
+"""The stream: hashing, permutations, (sequence, view) pairs and mixes, as a pure function of the sample."""
 
 import itertools
 from fractions import Fraction
@@ -201,33 +201,33 @@ def test_every_epoch_shows_every_sequence_once_in_one_view(size, views, epoch):
 @calm
 @given(st.integers(1, 1000), st.integers(1, 12), st.lists(st.integers(0, 2**45), min_size=1, max_size=30))
 def test_pair_stood_in_the_first_views_epochs_already(size, views, places):
-    one, positions = stream(size, views), np.array(places)
-    first = one.first_positions(positions)
+    one, samples = stream(size, views), np.array(places)
+    first = one.first_samples(samples)
     assert first.min() >= 0 and first.max() < views * size
-    for before, after in zip(one.pairs(positions), one.pairs(first), strict=True):
+    for before, after in zip(one.pairs(samples), one.pairs(first), strict=True):
         assert np.array_equal(before, after)
-    early = positions < views * size
-    assert np.array_equal(first[early], positions[early])
+    early = samples < views * size
+    assert np.array_equal(first[early], samples[early])
 
 
-def test_first_positions_of_a_late_epoch_are_all_different():
+def test_first_samples_of_a_late_epoch_are_all_different():
     one = stream(50, 4)
     late = np.arange(4 * 50, 8 * 50)
-    assert sorted(one.first_positions(late)) == list(range(4 * 50))
+    assert sorted(one.first_samples(late)) == list(range(4 * 50))
     assert ints(late[:3]) == [200, 201, 202]
 
 
 @calm
 @given(st.lists(st.integers(0, 500), min_size=1, max_size=40), st.integers(1, 39))
-def test_positions_may_be_asked_for_in_any_batches(places, cut):
-    one, positions = stream(13, 3), np.array(places)
-    for function in (one.pairs, lambda p: (one.first_positions(p),)):
-        whole = function(positions)
-        parts = [function(part) for part in (positions[:cut], positions[cut:])]
+def test_samples_may_be_asked_for_in_any_batches(places, cut):
+    one, samples = stream(13, 3), np.array(places)
+    for function in (one.pairs, lambda p: (one.first_samples(p),)):
+        whole = function(samples)
+        parts = [function(part) for part in (samples[:cut], samples[cut:])]
         for index, array in enumerate(whole):
             assert np.array_equal(array, np.concatenate([part[index] for part in parts]))
             assert ints(array) == [int(function(np.array([p]))[index][0]) for p in places]
-    assert ints(positions) == places
+    assert ints(samples) == places
 
 
 def test_epochs_seeds_and_corpora_have_orders_of_their_own():
@@ -247,12 +247,12 @@ def test_the_number_of_views_changes_no_order():
 def test_a_corpus_of_one_sequence():
     sequences, views = stream(1, 3).pairs(np.arange(7))
     assert ints(sequences) == [0] * 7 and ints(views) == [0, 1, 2, 0, 1, 2, 0]
-    assert ints(stream(1, 3).first_positions(np.arange(7))) == [0, 1, 2, 0, 1, 2, 0]
+    assert ints(stream(1, 3).first_samples(np.arange(7))) == [0, 1, 2, 0, 1, 2, 0]
 
 
-def test_no_positions():
+def test_no_samples():
     one = stream()
-    assert all(len(array) == 0 for array in (*one.pairs(np.array([], int)), one.first_positions(np.array([], int))))
+    assert all(len(array) == 0 for array in (*one.pairs(np.array([], int)), one.first_samples(np.array([], int))))
 
 
 def test_golden_order():
@@ -261,7 +261,7 @@ def test_golden_order():
     sequences, views = one.pairs(np.array([0, 1, 2, 999, 1000, 2000, 123_456_789, 2**45]))
     assert ints(sequences) == [404, 764, 488, 517, 6, 432, 733, 532]
     assert ints(views) == [0, 0, 0, 0, 1, 0, 0, 0]
-    assert ints(one.first_positions(np.array([7, 2000, 2**45]))) == [7, 555, 576]
+    assert ints(one.first_samples(np.array([7, 2000, 2**45]))) == [7, 555, 576]
 
 
 # ---------------------------------------------------------------------------------------------------------- mix
@@ -280,11 +280,11 @@ def test_mix_is_dense_and_its_counts_are_counted(weights):
     mix, length = Mix(weights), 2000
     streams, places = mix(np.arange(length))
     counted = np.zeros(len(weights), int)
-    for position in range(length):
-        if position % 97 == 0 or position > length - 50:
-            assert mix.counts(position) == ints(counted)
-        assert places[position] == counted[streams[position]]  # 0, 1, 2 … within each stream
-        counted[streams[position]] += 1
+    for sample in range(length):
+        if sample % 97 == 0 or sample > length - 50:
+            assert mix.counts(sample) == ints(counted)
+        assert places[sample] == counted[streams[sample]]  # 0, 1, 2 … within each stream
+        counted[streams[sample]] += 1
     assert mix.counts(length) == ints(counted)
 
 
@@ -292,7 +292,7 @@ def test_mix_is_dense_and_its_counts_are_counted(weights):
 @given(weights_lists)
 @example([1, 2, 4, 8, 16, 32])
 def test_no_stream_is_ever_far_from_its_share(weights):
-    """At no position, whole numbers of weights being exact."""
+    """At no sample, whole numbers of weights being exact."""
     mix, length = Mix(weights), 8000
     streams, _ = mix(np.arange(length))
     for index, weight in enumerate(weights):
@@ -312,25 +312,25 @@ def test_fractional_weights_are_kept_to_a_thirty_thousandth(weights):
 
 @calm
 @given(weights_lists, st.lists(st.integers(0, 2**46), min_size=1, max_size=20), st.integers(0, 19))
-def test_mix_at_far_positions_in_any_batches(weights, places, cut):
+def test_mix_at_far_samples_in_any_batches(weights, places, cut):
     """Place and count by arithmetic in numpy are those of Python's unbounded integers."""
-    mix, positions = Mix(weights), np.array(places)
-    streams, found = mix(positions)
+    mix, samples = Mix(weights), np.array(places)
+    streams, found = mix(samples)
     for batch in (slice(None, cut), slice(cut, None)):
-        again = mix(positions[batch])
+        again = mix(samples[batch])
         assert np.array_equal(streams[batch], again[0]) and np.array_equal(found[batch], again[1])
-    for position, index, place in zip(places, ints(streams), ints(found), strict=True):
-        before, after = mix.counts(position), mix.counts(position + 1)
-        assert sum(before) == position and before[index] == place
+    for sample, index, place in zip(places, ints(streams), ints(found), strict=True):
+        before, after = mix.counts(sample), mix.counts(sample + 1)
+        assert sum(before) == sample and before[index] == place
         assert [b - a for a, b in zip(before, after, strict=True)] == [int(n == index) for n in range(len(weights))]
-    assert ints(positions) == places
+    assert ints(samples) == places
 
 
 @calm
 @given(weights_lists, st.integers(0, 2**46))
-def test_mix_does_not_drift(weights, position):
-    for count, weight in zip(Mix(weights).counts(position), weights, strict=True):
-        assert abs(count - Fraction(weight, sum(weights)) * position) <= len(weights)
+def test_mix_does_not_drift(weights, sample):
+    for count, weight in zip(Mix(weights).counts(sample), weights, strict=True):
+        assert abs(count - Fraction(weight, sum(weights)) * sample) <= len(weights)
 
 
 def test_scaled_weights_are_the_same_mix():

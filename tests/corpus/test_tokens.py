@@ -20,7 +20,7 @@ from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus import tokens as module
 from ki_ds.corpus.tokens import build, held_out, open_tokens
 from ki_ds.errors import UserError
-from ki_ds.experiment import Corpus, JsonLinesSource
+from ki_ds.experiment.schema import Corpus, JsonLinesSource
 from ki_ds.sealed import Identity, seal
 
 OBJECTIVES = ("mlm", "clm")

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small_engines import STAGES, new_engine, step, weights, world  # noqa: F401
+from helpers.engines import STAGES, new_engine, step, weights, world  # noqa: F401
 
 from ki_ds.engine import checkpoints
 from ki_ds.errors import UserError

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
-from small_engines import settings
+from helpers.engines import settings
 
 from ki_ds.engine import config as engine_config
 from ki_ds.errors import UserError
-from ki_ds.experiment import Train
+from ki_ds.experiment.schema import Train
 
 
 def zero(stage, **more):

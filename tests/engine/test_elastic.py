@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from launching import environment
-from small_engines import batch, course, new_engine, weights, world  # noqa: F401
+from helpers.commands import environment
+from helpers.engines import batch, course, new_engine, weights, world  # noqa: F401
 
-from ki_ds import distributed, train
-from ki_ds.batches import Plan
-from ki_ds.distributed import free_port
 from ki_ds.engine import checkpoints
+from ki_ds.launch import distributed
+from ki_ds.launch.distributed import free_port
+from ki_ds.training import loop as train
+from ki_ds.training.batches import BatchLayout
 
 SAVED_BY_TWO = ((0, False), (1, False), (3, False))  # ZeRO stage, whether in bf16
 SAVED_BY_ONE = ((2, True), (3, False))
@@ -33,8 +34,8 @@ def name(stage, half, ranks):
 
 
 def engine_of_world(stage, half):
-    plan = Plan(batch_size=4, micro_batch_size=2, rank=distributed.rank(), world_size=distributed.world_size())
-    return new_engine(stage, half, plan=plan)
+    layout = BatchLayout(batch_size=4, micro_batch_size=2, rank=distributed.rank(), world_size=distributed.world_size())
+    return new_engine(stage, half, layout=layout)
 
 
 def steps(one, begin, end):
@@ -123,7 +124,7 @@ def test_nothing_of_the_conversion_stays(runs, tmp_path_factory):
 
 
 def main(root):
-    distributed.initialise()
+    distributed.init_distributed()
     torch.set_num_threads(1)
     wanted = {name(*case, 2): save(root / name(*case, 2), *case) for case in SAVED_BY_TWO}
     found = every(root)

@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from small_engines import STAGES, Loader, batch, course, new_engine, settings, step, weights, world  # noqa: F401
+from helpers.engines import STAGES, Loader, batch, course, new_engine, settings, step, weights, world  # noqa: F401
 
-from ki_ds import train
 from ki_ds.errors import UserError
-from ki_ds.experiment import Inherit
+from ki_ds.experiment.schema import Inherit
+from ki_ds.training import loop as train
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -72,7 +72,7 @@ def test_dropout_is_on_from_the_first_step_of_a_loaded_model(tmp_path):
 
 
 def test_validation_computes_no_gradient():
-    from ki_ds.kernels import chunked
+    from ki_ds.kernels.loss import chunked
 
     seen = []
     original = chunked.eager_chunk_loss
@@ -85,11 +85,11 @@ def test_validation_computes_no_gradient():
     assert seen == [False, True]
 
 
-def test_a_run_of_bad_steps_stops_and_names_the_positions(tmp_path):
+def test_a_run_of_bad_steps_stops_and_names_the_samples(tmp_path):
     one = new_engine(1)
     one.deepspeed.module.head.register_forward_pre_hook(lambda _m, a: (a[0] * float("inf"), *a[1:]))
 
-    with pytest.raises(UserError, match=r"11 steps in a row.*step 10, stream positions 0 to 44.*learning_rate"):
+    with pytest.raises(UserError, match=r"11 steps in a row.*step 10, samples 0 to 44.*learning_rate"):
         train.run(one, Loader(), course(), tmp_path, {"fingerprint": "x"}, torch.device("cpu"))
 
 
@@ -103,7 +103,7 @@ def test_learning_rate_rises_and_falls_linearly():
 
 def test_no_shard_and_no_kl_beyond_the_last_teacher_step(monkeypatch):
     """Past the teacher, the loss is called without targets: the KL path does not run."""
-    from ki_ds.kernels import chunked
+    from ki_ds.kernels.loss import chunked
 
     inherit = Inherit.model_validate({"from": {"a": "t"}, "teacher_steps": 3})
     assert [train.alpha(inherit, t, 20) > 0 for t in range(5)] == [True] * 3 + [False] * 2

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from small_engines import engine_of, step, weights, world  # noqa: F401
+from helpers.engines import engine_of, step, weights, world  # noqa: F401
 
 from ki_ds.engine import checkpoints, features
 from ki_ds.errors import UserError

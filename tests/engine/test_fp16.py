@@ -5,12 +5,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from launching import metrics
-from small_engines import Loader, course, new_engine, settings, step, weights, world  # noqa: F401
+from helpers.commands import metrics
+from helpers.engines import Loader, course, new_engine, settings, step, weights, world  # noqa: F401
 
-from ki_ds import train
 from ki_ds.errors import UserError
-from ki_ds.experiment import Inherit
+from ki_ds.experiment.schema import Inherit
+from ki_ds.training import loop as train
 
 STAGES = (1, 2, 3)  # fp16 at stage 0 is refused
 OPTIMIZERS = (2, 3)  # stage 1 has the code of 2
@@ -25,7 +25,7 @@ def able(monkeypatch):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
 
-class Asked(Loader):
+class TeacherInputs(Loader):
     """Keeps what it was asked for; `until`: raises Interrupted when asked for this step."""
 
     def __init__(self, until=None):
@@ -55,7 +55,7 @@ def train_on(one, folder, loader=None, **changes):
     inherit = Inherit.model_validate({"from": {"a": "t"}, "teacher_steps": 8})
     where = replace(course(**changes), inherit=inherit)
     folder.mkdir(exist_ok=True)
-    train.run(one, loader or Asked(), where, folder, {"fingerprint": "x"}, CPU)
+    train.run(one, loader or TeacherInputs(), where, folder, {"fingerprint": "x"}, CPU)
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
 
 
@@ -91,7 +91,7 @@ def test_twenty_steps_follow_fp32(stage):
 @pytest.mark.parametrize("stage", OPTIMIZERS)
 def test_overflows_at_the_start_stand_still_until_the_scale_fits(stage, tmp_path):
     """More than ten tries of step 0, and then all is as in a run that began at the scale they ended at."""
-    loader = Asked()
+    loader = TeacherInputs()
     one = engine(stage, initial_scale_power=34)
     found = train_on(one, tmp_path / "high", loader)
     scale, skipped = found[0]["loss_scale"], found[0]["skipped"]
@@ -137,7 +137,7 @@ def test_a_loss_scale_that_cannot_fall_further_ends_the_run(tmp_path):
     multiply_hidden_states(one, math.inf)
     with pytest.raises(
         UserError,
-        match=r"models.first: step 0, stream positions 0 to 4: the loss itself is not finite in fp16, also at the "
+        match=r"models.first: step 0, samples 0 to 4: the loss itself is not finite in fp16, also at the "
         r"lowest loss scale, 1 \(18 tries, the first at 65536\)\. Use an engine JSON with bf16 or fp32, lower",
     ):
         train_on(one, tmp_path / "first")
@@ -155,7 +155,7 @@ def test_a_fixed_loss_scale_passes_over_a_step_and_ends_after_eleven(tmp_path):
     assert train.counts(found) == {"skipped_steps": 1, "skipped_tries": 0, "loss_scale": 128}
     bad = engine(3, loss_scale=128)
     multiply_hidden_states(bad, math.inf)
-    with pytest.raises(UserError, match=r"11 steps.*positions 0 to 44\. Leave fp16.loss_scale \(now 128\) out"):
+    with pytest.raises(UserError, match=r"11 steps.*samples 0 to 44\. Leave fp16.loss_scale \(now 128\) out"):
         train_on(bad, tmp_path / "always")
 
 
@@ -167,8 +167,8 @@ def test_a_resumed_run_continues_with_its_loss_scale(stage, tmp_path):
     wanted = train_on(whole, tmp_path / "whole", checkpoint_every=5)
     assert len({line["loss_scale"] for line in wanted}) > 2
     with pytest.raises(Interrupted):
-        train_on(engine(stage, **how), tmp_path / "two", Asked(until=11), checkpoint_every=5)
-    again, loader = engine(stage, **how), Asked()
+        train_on(engine(stage, **how), tmp_path / "two", TeacherInputs(until=11), checkpoint_every=5)
+    again, loader = engine(stage, **how), TeacherInputs()
     found = train_on(again, tmp_path / "two", loader, checkpoint_every=5)
     assert loader.asked[0][0] == 10
     assert found == wanted

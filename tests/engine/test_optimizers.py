@@ -5,12 +5,12 @@ import textwrap
 
 import pytest
 import torch
-from small_engines import batch, engine_of, new_student, settings, step, weights, world  # noqa: F401
+from helpers.engines import batch, engine_of, new_student, settings, step, weights, world  # noqa: F401
 
-from ki_ds import identities
 from ki_ds.engine import checkpoints, optimizers
 from ki_ds.errors import UserError
-from ki_ds.experiment import Model
+from ki_ds.experiment.schema import Model
+from ki_ds.stages import identities
 
 BARE = {"zero_optimization": {"stage": 0}}
 

@@ -15,17 +15,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import environment, metrics
-from small_engines import weights, world  # noqa: F401
+from helpers.commands import environment, metrics
+from helpers.engines import weights, world  # noqa: F401
 
-from ki_ds import distributed, models, train
-from ki_ds.batches import MicroBatch, Plan
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
 from ki_ds.engine.engine import Engine
-from ki_ds.experiment import Inherit, Train
+from ki_ds.experiment.schema import Inherit, Train
 from ki_ds.kernels import PackedTargets
-from ki_ds.language_model import LanguageModel
+from ki_ds.launch import distributed
+from ki_ds.models import architectures, hugging_face
+from ki_ds.models.language_model import LanguageModel
+from ki_ds.training import loop as train
+from ki_ds.training.batches import BatchLayout, MicroBatch
 
 pytestmark = pytest.mark.timeout(900)  # all runs are made before the first test
 
@@ -56,8 +58,8 @@ class Loader:
 
     reading_s = waited_s = 0.0
 
-    def __init__(self, plan):
-        self.plan = plan
+    def __init__(self, layout):
+        self.layout = layout
 
     def __call__(self, step, alpha, next_alpha):
         g = torch.Generator().manual_seed(step)
@@ -67,9 +69,9 @@ class Loader:
         asked = [torch.randperm(LENGTH, generator=g)[:count].sort().values for count in counts.tolist()]
         labels = torch.cat([5 + ids[place, where] % 16 for place, where in enumerate(asked)])  # can be learnt
         targets, ends = packed(len(labels), g), [0, *counts.cumsum(0).tolist()]
-        first, size = step * BATCH, self.plan.micro_batch_size
+        first, size = step * BATCH, self.layout.micro_batch_size
         found = []
-        for places in (self.plan.positions(step) - first).reshape(-1, size).tolist():
+        for places in (self.layout.samples(step) - first).reshape(-1, size).tolist():
             rows = torch.cat([asked[place] + number * LENGTH for number, place in enumerate(places)])
             here = slice(ends[places[0]], ends[places[-1] + 1])
             taught = (targets.rows(here), torch.full((len(rows),), alpha)) if alpha > 0 else (None, None)
@@ -83,10 +85,10 @@ class Loader:
 def student(objective, tied, rounded):
     """`rounded`: its weights are those that bf16 can say."""
     name = {"mlm": "roberta-tiny", "clm": "gpt-tiny"}[objective]
-    config = models.configuration(name, objective, tokenizers.expected(VOCABULARY, objective), LENGTH, "m")
+    config = architectures.configuration(name, objective, tokenizers.expected(VOCABULARY, objective), LENGTH, "m")
     config.tie_word_embeddings = tied
-    models.set_dropout(config, 0.0)
-    model = models.new_model(config, objective, seed=1)
+    architectures.set_dropout(config, 0.0)
+    model = hugging_face.new_model(config, objective, seed=1)
     assert (model.get_output_embeddings().weight is model.get_input_embeddings().weight) == tied
     return LanguageModel(model.bfloat16().float() if rounded else model, VOCABULARY)
 
@@ -97,17 +99,17 @@ def trained(objective, tied, stage, half, rounded=False):
     config = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
     if stage == 3:  # also parameters as small as these
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
-    plan = Plan(BATCH, BATCH // 2 // world_size, distributed.rank(), world_size)
-    engine = Engine(student(objective, tied, rounded), TRAINING, plan, config)
+    layout = BatchLayout(BATCH, BATCH // 2 // world_size, distributed.rank(), world_size)
+    engine = Engine(student(objective, tied, rounded), TRAINING, layout, config)
     if stage == 3:
         assert engine.deepspeed.module.head.weight.numel() == 0
     # one sequence more than the ranks can share out evenly
     tokens = np.random.default_rng(0).integers(5, VOCABULARY, (BATCH + 1, LENGTH)).astype(np.uint16)
     viewer = Viewer(objective, 1, "a", VOCABULARY, [0, 1, 2, 3, 4], 4, 0.3)
-    course = train.Course(TRAINING, INHERIT, 1, LENGTH, {"a": (tokens, viewer)})
+    course = train.TrainRun(TRAINING, INHERIT, 1, LENGTH, {"a": (tokens, viewer)})
     with tempfile.TemporaryDirectory() as folder:
-        folder = distributed.from_first(folder)
-        train.run(engine, Loader(plan), course, Path(folder), {}, torch.device("cpu"))
+        folder = distributed.broadcast_object(folder)
+        train.run(engine, Loader(layout), course, Path(folder), {}, torch.device("cpu"))
         distributed.barrier()
         records = metrics(Path(folder)) if distributed.rank() == 0 else []
     return records, [weight.float() for weight in weights(engine)]
@@ -207,7 +209,7 @@ def apart(mine, theirs):
 
 
 def main(path):
-    distributed.initialise()
+    distributed.init_distributed()
     torch.set_num_threads(1)
     found = all_trained()
     if distributed.rank() == 0:

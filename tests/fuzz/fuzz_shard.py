@@ -28,11 +28,11 @@ import zstandard
 
 CORPUS = Path(__file__).parent / "corpus"
 FIELDS = struct.Struct("<HBBQ")  # of a recipe's frame: rows; how; a field of the index entry, a value for it
-SLOTS = 1 << 18  # planes of positions above this are not asked for: they may take as much as their index entry says
+SLOTS = 1 << 18  # planes of samples above this are not asked for: they may take as much as their index entry says
 
 
 def recipe(flags, header, frames):
-    """An input: flags 1, 2: the sums of the header, its positions are put right; 4, 8: a cut end, a wrong footer.
+    """An input: flags 1, 2: the sums of the header, its samples are put right; 4, 8: a cut end, a wrong footer.
 
     Args:
         frames: (FIELDS as bytes, data); `how` 1: data is already compressed, 2: the index entry's field is overridden.
@@ -131,10 +131,10 @@ def _read(path):
         shard = Shard(path)
         per_row = shard.codec.k + len(shard.codec.scalars) + 1
         frames = []
-        for position, rows in enumerate(shard.index["rows"].tolist(), shard.header["start"]):
+        for sample, rows in enumerate(shard.index["rows"].tolist(), shard.header["start"]):
             if slots + rows * per_row <= SLOTS:
                 slots += rows * per_row
-                frames += shard.read(position)
+                frames += shard.read(sample)
         if frames:
             _promises(shard, frames)
         if len(frames) == len(shard.index):

@@ -5,10 +5,10 @@ import itertools
 
 import pytest
 import torch
-from small_engines import STAGES, VOCABULARY, batch, new_engine, step, world  # noqa: F401
+from helpers.engines import STAGES, VOCABULARY, batch, new_engine, step, world  # noqa: F401
 
-from ki_ds import models
 from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.models import architectures, hugging_face
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Kept, Pass, kept, saved_bytes
 from ki_ds.planning.memory import Micro, Model, Setting, estimate
@@ -18,9 +18,9 @@ PADDING = 64  # bytes: partitions are aligned
 
 
 def shape(name="gpt-tiny", vocabulary=VOCABULARY, length=16, dropout=0.0):
-    objective = models.ARCHITECTURES[name][0]
-    config = models.configuration(name, objective, tokenizers.expected(vocabulary, objective), length, "m")
-    models.set_dropout(config, dropout)
+    objective = architectures.ARCHITECTURES[name][0]
+    config = architectures.configuration(name, objective, tokenizers.expected(vocabulary, objective), length, "m")
+    architectures.set_dropout(config, dropout)
     return config, objective
 
 
@@ -87,7 +87,7 @@ def test_the_peak_is_what_torch_allocates(stage, half):
 def test_activations_are_what_a_forward_pass_leaves(name, dropout):
     """Live memory after the forward pass of a real model, above that before it."""
     config, objective = shape(name, length=64, dropout=dropout)
-    model = models.new_model(config, objective, 0).train()
+    model = hugging_face.new_model(config, objective, 0).train()
     model.set_output_embeddings(torch.nn.Identity())
     ids = torch.randint(5, 200, (4, 64))
     model(input_ids=ids, use_cache=False)  # lazily made tables
@@ -192,6 +192,6 @@ def test_checkpointed_layers_keep_their_inputs_and_one_layer():
 
 
 def test_targets_count_as_they_are_packed():
-    micro = NOTHING._replace(targets=100, k=10)
-    assert memory.targets(Model((1,), 1, 50_265), micro) == 100 * (20 + 8 + 30)
-    assert memory.targets(Model((1,), 1, 151_936), micro) == 100 * (20 + 8 + 40)
+    micro = NOTHING._replace(rows=100, k=10)
+    assert memory.target_bytes(Model((1,), 1, 50_265), micro) == 100 * (20 + 8 + 30)
+    assert memory.target_bytes(Model((1,), 1, 151_936), micro) == 100 * (20 + 8 + 40)

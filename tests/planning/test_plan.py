@@ -5,8 +5,8 @@ import re
 
 import pytest
 
-from ki_ds.cli import main
-from ki_ds.graph import load_experiment
+from ki_ds.cli.main import main
+from ki_ds.experiment.graph import load_experiment
 from ki_ds.planning import plan
 from ki_ds.planning.plan import GIB, PROCESS, Need, Room, in_order, offload, shipped_engines, verdict
 from ki_ds.workspace import Workspace
@@ -41,7 +41,7 @@ def file(tmp_path):
 
 @pytest.fixture
 def needed(file, tmp_path):
-    from ki_ds.pipeline import expected_tokenizer
+    from ki_ds.stages.pipeline import expected_tokenizer
 
     space = Workspace(load_experiment(file, None, ()), file, tmp_path / "work")
     return Need(space, "m", expected_tokenizer(space), ranks=1, gpu=True)

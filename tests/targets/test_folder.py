@@ -27,11 +27,11 @@ HOW = Codec(300, 4, 1 / 16)
 SAID = {"sequence_length": 16}
 HEADER = {**SAID, "codec": HOW.header}
 IDENTITY = Identity("teach", {"k": 4}, {"corpora/a": "0" * 32})
-FACTS = {"positions": 10, "positions_per_shard": 4, "header": HEADER}
+FACTS = {"samples": 10, "samples_per_shard": 4, "header": HEADER}
 
 
-def position(number, how=HOW, rows=None):
-    """(planes, input digest): recognisable targets of a stream position, some without a row."""
+def sample(number, how=HOW, rows=None):
+    """(planes, input digest): recognisable targets of a sample, some without a row."""
     rng = np.random.default_rng(number)
     rows = int(rng.integers(0, 5)) if rows is None else rows
     logp = -rng.exponential(2, (rows, how.k)).astype(np.float32)
@@ -41,32 +41,32 @@ def position(number, how=HOW, rows=None):
 
 
 def write(path, start, end, how=HOW, rows=None):
-    """A shard of recognisable positions."""
-    found = [position(number, how, rows) for number in range(start, end)]
+    """A shard of recognisable samples."""
+    found = [sample(number, how, rows) for number in range(start, end)]
     planes = codec.concatenate([how.empty(0), *(planes for planes, _ in found)])
     ends = np.cumsum([len(planes) for planes, _ in found], dtype=int)
     digests = np.array([digest for _, digest in found], np.uint64)
     write_shard(path, how, SAID, start, [pack_block(how, planes, ends, digests, np.zeros(len(planes)))])
 
 
-def fill(folder, positions=10, per_shard=4):
+def fill(folder, samples=10, per_shard=4):
     """Write the shards that are missing."""
-    shards = ShardFolder(folder, positions, per_shard)
+    shards = ShardFolder(folder, samples, per_shard)
     for number in shards.missing():
         start = number * per_shard
-        write(folder / shards.name(number), start, min(start + per_shard, positions))
+        write(folder / shards.name(number), start, min(start + per_shard, samples))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Ten positions, four a shard: the last shard is shorter."""
+    """Ten samples, four a shard: the last shard is shorter."""
     fill(tmp_path)
     return tmp_path
 
 
-def assert_read(shards, positions):
+def assert_read(shards, samples):
     """The folder gives what was written there."""
-    found, expected = shards.read(np.array(positions)), [position(number) for number in positions]
+    found, expected = shards.read(np.array(samples)), [sample(number) for number in samples]
     assert found.digests == [digest for _, digest in expected]
     assert found.rows == [len(planes) for planes, _ in expected]
     planes = codec.concatenate([planes for planes, _ in expected])
@@ -88,11 +88,11 @@ def open_files(under):
 
 @pytest.mark.parametrize("keep", [1, 128])
 @pytest.mark.parametrize(
-    "positions",
+    "samples",
     [[9], [0, 1, 2, 3], [*range(10)], [*range(9, -1, -1)], [9, 0, 3, 4, 8, 7, 0, 9], [5, 5, 5], [3, 4], [8, 9, 0, 1]],
 )
-def test_positions_in_any_order(folder, positions, keep):
-    assert_read(ShardFolder(folder, 10, 4, keep=keep), positions)
+def test_samples_in_any_order(folder, samples, keep):
+    assert_read(ShardFolder(folder, 10, 4, keep=keep), samples)
 
 
 def test_every_order_gives_what_was_written(folder):
@@ -124,14 +124,14 @@ def reads(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("positions", "expected"),
+    ("samples", "expected"),
     [([0, 1, 2, 3], 1), ([1, 2], 1), ([*range(10)], 3), ([3, 4], 2), ([2, 1], 2), ([1, 1], 2), ([0, 2], 2), ([7], 1)],
 )
-def test_neighbours_are_read_at_once(folder, reads, positions, expected):
+def test_neighbours_are_read_at_once(folder, reads, samples, expected):
     shards = ShardFolder(folder, 10, 4)
     shards.read(np.arange(10))
     reads.clear()
-    shards.read(np.array(positions))
+    shards.read(np.array(samples))
     assert len(reads) == expected
     for name, start, length in reads:  # no byte more than the frames
         index = next(shard.index for shard in shards.shards.values() if shard.place.name == name)
@@ -177,13 +177,13 @@ def test_no_file_stays_open(folder):
 
 
 @pytest.mark.parametrize("number", [10, 11, 4000, -1])
-def test_position_beyond_the_folder(folder, number):
-    with pytest.raises(UserError, match=rf"holds positions 0 to 10, asked for {number}\. Run `ki-ds teach`"):
+def test_sample_beyond_the_folder(folder, number):
+    with pytest.raises(UserError, match=rf"holds samples 0 to 10, asked for {number}\. Run `ki-ds teach`"):
         ShardFolder(folder, 10, 4).read(np.array([0, number]))
 
 
-def test_no_position_at_all(folder):
-    with pytest.raises(ValueError, match="no position"):
+def test_no_sample_at_all(folder):
+    with pytest.raises(ValueError, match="no sample"):
         ShardFolder(folder, 10, 4).read(np.zeros(0, int))
 
 
@@ -202,7 +202,7 @@ def test_damaged_frame_does_not_touch_the_others(folder):
     path.write_bytes(data)
     shards = ShardFolder(folder, 10, 4)
     assert_read(shards, [4, 6, 7])
-    with pytest.raises(UserError, match=r"targets-000000004-000000008\.kit: position 5: "):
+    with pytest.raises(UserError, match=r"targets-000000004-000000008\.kit: sample 5: "):
         shards.read(np.array([4, 5, 6]))
 
 
@@ -226,7 +226,7 @@ def test_shard_packed_in_another_way_is_refused(folder):
         shards.read(np.array([5]))
 
 
-def test_names_sort_by_position_and_the_last_shard_ends_early(folder):
+def test_names_sort_by_sample_and_the_last_shard_ends_early(folder):
     shards = ShardFolder(folder, 10, 4)
     assert len(shards) == 3
     expected = [shards.name(number) for number in range(3)]
@@ -368,7 +368,7 @@ def test_manifest_of_another_schema(finished):
         open_folder(finished)
 
 
-@pytest.mark.parametrize("facts", [[], None, "positions", {}, {"positions": 10, "positions_per_shard": 4}])
+@pytest.mark.parametrize("facts", [[], None, "samples", {}, {"samples": 10, "samples_per_shard": 4}])
 def test_manifest_without_its_facts(finished, facts):
     change(finished, facts=facts)
     with pytest.raises(UserError, match=r"manifest\.json: not "):
@@ -378,11 +378,11 @@ def test_manifest_without_its_facts(finished, facts):
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"positions": "10"},
-        {"positions": -1},
-        {"positions": True},
-        {"positions_per_shard": 0},
-        {"positions_per_shard": 4.0},
+        {"samples": "10"},
+        {"samples": -1},
+        {"samples": True},
+        {"samples_per_shard": 0},
+        {"samples_per_shard": 4.0},
         {"header": []},
         {"header": {}},
         {"header": {"codec": {"k": 3}}},
@@ -405,7 +405,7 @@ from ki_ds.targets import codec
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.shard import pack_block, write_shard
 
-HOW, POSITIONS, PER_SHARD, ROWS = codec.Codec(70_000, 40, 1 / 16), 90, 8, 200
+HOW, SAMPLES, PER_SHARD, ROWS = codec.Codec(70_000, 40, 1 / 16), 90, 8, 200
 IDENTITY = Identity("teach", {"k": 40}, {})
 
 def block(start, end):
@@ -414,15 +414,15 @@ def block(start, end):
     planes, lost = HOW.pack(ids, -rng.exponential(3, (n, 40)), dict.fromkeys(HOW.scalars, np.zeros(n)))
     return pack_block(HOW, planes, np.arange(ROWS, n + 1, ROWS), np.arange(start, end, dtype=np.uint64), lost)
 
-BLOCKS = [block(start, min(start + PER_SHARD, POSITIONS)) for start in range(0, POSITIONS, PER_SHARD)]
+BLOCKS = [block(start, min(start + PER_SHARD, SAMPLES)) for start in range(0, SAMPLES, PER_SHARD)]
 
 def fill(folder):
     if prepare(folder, IDENTITY):
         return
-    shards, header = ShardFolder(folder, POSITIONS, PER_SHARD), {"sequence_length": 512}
+    shards, header = ShardFolder(folder, SAMPLES, PER_SHARD), {"sequence_length": 512}
     for number in shards.missing():
         write_shard(folder / shards.name(number), HOW, header, number * PER_SHARD, [BLOCKS[number]])
-    facts = {"positions": POSITIONS, "positions_per_shard": PER_SHARD, "header": {**header, "codec": HOW.header}}
+    facts = {"samples": SAMPLES, "samples_per_shard": PER_SHARD, "header": {**header, "codec": HOW.header}}
     seal(folder, IDENTITY, facts)
 
 assert "torch" not in sys.modules
@@ -498,7 +498,7 @@ def assert_sealed(folder):
     sealed.open_sealed(folder)
     shards = open_folder(folder)
     assert shards.missing() == []
-    assert shards.read(np.arange(shards.positions)).digests == list(range(shards.positions))
+    assert shards.read(np.arange(shards.samples)).digests == list(range(shards.samples))
 
 
 @pytest.fixture

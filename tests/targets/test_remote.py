@@ -26,7 +26,7 @@ from ki_ds.targets.shard import HEAD, TAIL, Shard, pack_block, shard_name, write
 from ki_ds.targets.source import Source, join, names
 
 HOW = Codec(vocabulary=50_000, k=16, quantum=1 / 16, scalars=("first", "truth"))
-POSITIONS, PER_SHARD, LENGTH = 22, 5, 8
+SAMPLES, PER_SHARD, LENGTH = 22, 5, 8
 BUCKET = "targets-of-a-test"
 SERVER = """
 import json, os, sys, threading
@@ -53,9 +53,9 @@ server.serve_forever()
 """
 
 
-def block(position, rows, k=HOW.k):
-    """Recognisable targets of one position."""
-    rng = np.random.default_rng(position)
+def block(sample, rows, k=HOW.k):
+    """Recognisable targets of one sample."""
+    rng = np.random.default_rng(sample)
     ids = rng.integers(0, HOW.vocabulary - k, (rows, 1)) + np.stack([rng.permutation(k) for _ in range(rows)])
     scalars = {name: -rng.exponential(3, rows) for name in HOW.scalars}
     planes, distortion = HOW.pack(ids, np.log(rng.dirichlet(np.ones(k), rows)), scalars)
@@ -63,16 +63,16 @@ def block(position, rows, k=HOW.k):
     return pack_block(HOW, planes, np.array([rows]), digest, distortion)
 
 
-def make(folder, positions=POSITIONS, per_shard=PER_SHARD, length=LENGTH, rows=None, **header):
+def make(folder, samples=SAMPLES, per_shard=PER_SHARD, length=LENGTH, rows=None, **header):
     """A finished targets folder: shards and manifest."""
     folder.mkdir(exist_ok=True)
     header = {"sequence_length": length, **header}
-    for start in range(0, positions, per_shard):
-        end = min(start + per_shard, positions)
-        blocks = [block(position, 1 + position % length if rows is None else rows) for position in range(start, end)]
+    for start in range(0, samples, per_shard):
+        end = min(start + per_shard, samples)
+        blocks = [block(sample, 1 + sample % length if rows is None else rows) for sample in range(start, end)]
         write_shard(folder / shard_name(start, end), HOW, header, start, blocks)
     identity = sealed.Identity("teach", {}, {})
-    facts = {"positions": positions, "positions_per_shard": per_shard, "header": {**header, "codec": HOW.header}}
+    facts = {"samples": samples, "samples_per_shard": per_shard, "header": {**header, "codec": HOW.header}}
     sealed.seal(folder, identity, facts)
     return folder
 
@@ -228,8 +228,8 @@ def upload(request, tmp_path):
 
 
 ORDERS = {
-    "sequential": list(range(POSITIONS)),
-    "random": np.random.default_rng(1).permutation(POSITIONS).tolist(),
+    "sequential": list(range(SAMPLES)),
+    "random": np.random.default_rng(1).permutation(SAMPLES).tolist(),
     "repeated": [7, 7, 8, 21, 0, 7, 21, 21, 3],
     "one": [13],
 }
@@ -250,7 +250,7 @@ def test_slash_at_the_end_of_a_url_changes_nothing(local, upload):
 def long(tmp_path_factory):
     many = TAIL // 40 + 100
     note = "n" * (HEAD + 1000)
-    return make(tmp_path_factory.mktemp("long") / "targets", positions=many, per_shard=many, rows=1, note=note)
+    return make(tmp_path_factory.mktemp("long") / "targets", samples=many, per_shard=many, rows=1, note=note)
 
 
 def test_header_and_index_longer_than_the_first_reads(long, upload):
@@ -258,8 +258,8 @@ def test_header_and_index_longer_than_the_first_reads(long, upload):
     same(open_folder(upload(long).url).read(asked), open_folder(long).read(asked))
 
 
-def test_one_position_asks_for_ranges_and_not_for_the_file(tmp_path, user):
-    folder = make(tmp_path / "large", positions=600, per_shard=300, length=128, rows=128)
+def test_one_sample_asks_for_ranges_and_not_for_the_file(tmp_path, user):
+    folder = make(tmp_path / "large", samples=600, per_shard=300, length=128, rows=128)
     there = S3(folder, tmp_path.name)
     size = (folder / shard_name(300, 600)).stat().st_size
     assert size > 8 * (HEAD + TAIL)
@@ -292,7 +292,7 @@ def test_missing_shard(local, upload):
     there = upload(local)
     there.remove(shard_name(5, 10))
     opened = open_folder(there.url)
-    message = refused(f"{there.url}/{shard_name(5, 10)}", opened.read, np.arange(POSITIONS))
+    message = refused(f"{there.url}/{shard_name(5, 10)}", opened.read, np.arange(SAMPLES))
     assert "is missing" in message and "ki-ds teach" in message
     same(opened.read(np.arange(10, 15)), open_folder(local).read(np.arange(10, 15)))
 
@@ -392,17 +392,17 @@ def test_threads_and_second_instances(local, upload):
         rng = np.random.default_rng(number)
         opened = (one, other)[number % 2]
         for _ in range(4):
-            asked = rng.integers(0, POSITIONS, 9)
+            asked = rng.integers(0, SAMPLES, 9)
             same(opened.read(asked), expected.read(asked))
 
     with ThreadPoolExecutor(6) as pool:
         list(pool.map(read, range(6)))
-    same(open_folder(there.url).read(np.arange(POSITIONS)), expected.read(np.arange(POSITIONS)))
+    same(open_folder(there.url).read(np.arange(SAMPLES)), expected.read(np.arange(SAMPLES)))
 
 
 def test_few_shards_in_memory_are_opened_again(local, upload):
     facts, _ = read_facts(local)
-    opened = ShardFolder(upload(local).url, POSITIONS, PER_SHARD, facts["header"], keep=1)
+    opened = ShardFolder(upload(local).url, SAMPLES, PER_SHARD, facts["header"], keep=1)
     same(opened.read(np.array([0, 21, 1, 20])), open_folder(local).read(np.array([0, 21, 1, 20])))
     assert len(opened.shards) == 1
 
@@ -420,7 +420,7 @@ def test_bucket_that_is_not_there(user, part):
 
 def every_way(url):
     """Each way to ask a server: each must be refused in its own words."""
-    opened = ShardFolder(url, POSITIONS, PER_SHARD, {})
+    opened = ShardFolder(url, SAMPLES, PER_SHARD, {})
     refused(f"{url}/{sealed.MANIFEST}", open_folder, url)
     refused(f"{url}/{shard_name(0, 5)}", opened.read, np.array([0]))
     refused(f"{url}/", opened.read, np.array([0, 12]))  # from two threads

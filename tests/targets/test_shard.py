@@ -26,8 +26,8 @@ HOW = Codec(300, 4, 1 / 16)
 LENGTH = 64  # of a sequence
 
 
-def position(number, rows=None, how=HOW):
-    """(planes, input digest, distortion of each row): recognisable targets of a stream position, rows ragged."""
+def sample(number, rows=None, how=HOW):
+    """(planes, input digest, distortion of each row): recognisable targets of a sample, rows ragged."""
     rng = np.random.default_rng(number)
     rows = int(rng.integers(0, 5)) if rows is None else rows
     logp = -np.sort(rng.exponential(2, (rows, how.k)), axis=1).astype(np.float32)
@@ -38,8 +38,8 @@ def position(number, rows=None, how=HOW):
 
 
 def block(numbers, rows=None, how=HOW):
-    """Positions as one block."""
-    found = [position(number, None if rows is None else rows[place], how) for place, number in enumerate(numbers)]
+    """Samples as one block."""
+    found = [sample(number, None if rows is None else rows[place], how) for place, number in enumerate(numbers)]
     planes = shard.codec.concatenate([how.empty(0), *(planes for planes, _, _ in found)])
     ends = np.cumsum([len(planes) for planes, _, _ in found], dtype=int)
     digests = np.array([digest for _, digest, _ in found], np.uint64)
@@ -47,7 +47,7 @@ def block(numbers, rows=None, how=HOW):
 
 
 def write(path, start, end, how=HOW, rows=None, **said):
-    """A shard of recognisable positions; its header."""
+    """A shard of recognisable samples; its header."""
     return write_shard(path, how, {"sequence_length": LENGTH, **said}, start, [block(range(start, end), rows, how)])
 
 
@@ -57,7 +57,7 @@ def contents(opened):
     frames = opened.read(start, end - start)
     planes = opened.planes(frames)
     numbers = planes.ids(), planes.values_nK, planes.count_n, planes.scalars_Sn
-    return opened.header, [(f.position, f.digest, f.rows, f.data) for f in frames], [n.tolist() for n in numbers]
+    return opened.header, [(f.sample, f.digest, f.rows, f.data) for f in frames], [n.tolist() for n in numbers]
 
 
 def said_by(start, end, rows, entries, how=HOW, **more):
@@ -96,7 +96,7 @@ def frame(counts=(3, 2), gaps=(7, 34, 219, 2, 3), values=(24, 0, 8, 0, 20), widt
 
 @pytest.fixture
 def small(tmp_path):
-    """A shard of three positions, one of them without a row."""
+    """A shard of three samples, one of them without a row."""
     write(tmp_path / "small.kit", 10, 13, rows=[3, 0, 2], note="ü")
     return tmp_path / "small.kit"
 
@@ -152,7 +152,7 @@ def test_golden_shard_is_read(tmp_path):
     assert opened.header["start"] == 4 and opened.codec == Codec(300, 3, 1 / 16)
     (only,) = opened.read(4)
     planes = opened.planes([only])
-    assert (only.position, only.rows, only.digest) == (4, 2, 0x1122334455667788)
+    assert (only.sample, only.rows, only.digest) == (4, 2, 0x1122334455667788)
     assert planes.ids().tolist() == [[7, 41, 260], [2, 5, 0]]
     assert planes.count_n.tolist() == [3, 2]
     assert planes.values_nK.tolist() == [[0, 24, 16], [20, 0, 0]]
@@ -221,7 +221,7 @@ def test_numbers_beside_the_hexdump_are_its_own():
 
 
 def test_shard_of_counts_written_by_hand(tmp_path):
-    """Three bytes an id, counts, ragged rows, tails, a position without rows, and blocks as a stranger may cut them."""
+    """Three bytes an id, counts, ragged rows, tails, a sample without rows, and blocks as a stranger may cut them."""
     names = ["first", "truth", "tail@2"]
     frames = [
         bytes.fromhex("00 00 00  ff 80 fe  fe 80 fe  01 80 ff")  # high bytes: counts, first, truth, tail
@@ -257,7 +257,7 @@ def test_shard_of_counts_written_by_hand(tmp_path):
     (tmp_path / "x.kit").write_bytes(data + index + footer)
     opened = Shard(tmp_path / "x.kit")
     found = opened.read(7, 3)
-    assert [(raw.position, raw.digest, raw.rows) for raw in found] == [(7, 1, 3), (8, 2, 0), (9, 2**64 - 1, 5)]
+    assert [(raw.sample, raw.digest, raw.rows) for raw in found] == [(7, 1, 3), (8, 2, 0), (9, 2**64 - 1, 5)]
     planes = opened.planes(found)
     assert planes.count_n.tolist() == [2, 0, 1] + [0] * 5
     assert planes.ids()[:3].tolist() == [[0x2345, 0x12346, 0, 0], [0] * 4, [0xFFFF, 0, 0, 0]]
@@ -277,7 +277,7 @@ def test_write_then_read(tmp_path, vocabulary):
     opened = Shard(tmp_path / "x.kit")
     assert opened.header == said and opened.codec == how
     assert said["teacher"] == "base" and said["nested"] == {"a": [1, None]}
-    every = [position(number, how=how) for number in range(40, 60)]
+    every = [sample(number, how=how) for number in range(40, 60)]
     assert (said["start"], said["end"]) == (40, 60)
     assert said["rows"] == sum(len(planes) for planes, _, _ in every)
     assert said["entries"] == sum(int(planes.count_n.sum()) for planes, _, _ in every)
@@ -286,14 +286,14 @@ def test_write_then_read(tmp_path, vocabulary):
     for first, count in ((59, 1), (40, 20), (47, 3), (40, 1)):  # any order, more than once
         frames = opened.read(first, count)
         expected = every[first - 40 :][:count]
-        assert [f.position for f in frames] == list(range(first, first + count))
+        assert [f.sample for f in frames] == list(range(first, first + count))
         assert [f.digest for f in frames] == [digest for _, digest, _ in expected]
         assert [f.rows for f in frames] == [len(planes) for planes, _, _ in expected]
         planes = shard.codec.concatenate([planes for planes, _, _ in expected])
         assert how.encode(opened.planes(frames), np.array([len(planes)])) == how.encode(planes, np.array([len(planes)]))
 
 
-def test_shard_without_positions(tmp_path):
+def test_shard_without_samples(tmp_path):
     write(tmp_path / "x.kit", 5, 5)
     opened = Shard(tmp_path / "x.kit")
     assert opened.read(5, 0) == [] and len(opened.planes([])) == 0
@@ -303,7 +303,7 @@ def test_shard_without_positions(tmp_path):
 
 
 def test_same_input_gives_the_same_bytes(tmp_path):
-    """Whatever positions were packed together, in however many threads, and in whatever order the header was made."""
+    """Whatever samples were packed together, in however many threads, and in whatever order the header was made."""
     said = {"sequence_length": LENGTH, "b": 1, "a": {"y": 2, "x": 1}}
     write_shard(tmp_path / "one", HOW, said, 0, [block(range(24))])
     with ThreadPoolExecutor(4) as pool:
@@ -327,7 +327,7 @@ def test_layout_as_a_stranger_would_parse_it(small):
     offset = 24 + length
     for number, (place, rows) in enumerate(((10, 3), (11, 0), (12, 2))):
         found = struct.unpack_from("<QIIIIQQ", data, at + 40 * number)
-        planes, digest, _ = position(place, rows)
+        planes, digest, _ = sample(place, rows)
         expected = b"".join(HOW.encode(planes, np.array([rows]))[0])
         assert (found[0], found[2], found[3], found[4]) == (offset, len(expected), rows, 0)
         assert found[5:] == (xxhash.xxh3_64_intdigest(expected), digest)
@@ -596,7 +596,7 @@ def test_bytes_between_header_and_index_that_no_frame_claims(tmp_path):
 )
 def test_index_entry_that_does_not_fit(tmp_path, entry):
     message = refused(tmp_path / "x.kit", one_frame(frame(), **entry))
-    assert "do not lie" in message if {*entry} & {"offset", "compressed"} else "position 0: " in message
+    assert "do not lie" in message if {*entry} & {"offset", "compressed"} else "sample 0: " in message
 
 
 def test_index_entry_that_does_not_fit_is_named(tmp_path):
@@ -607,7 +607,7 @@ def test_index_entry_that_does_not_fit_is_named(tmp_path):
     for place, (rows, entries) in enumerate(((2, 5), (1, 10), (3, 0))):
         at = PREFIX.size + len(json.dumps(said)) + place * len(packed)
         index[place] = (at, len(packed), HOW.frame_bytes(rows, entries), rows, 0, xxhash.xxh3_64_intdigest(raw), 7)
-    assert "position 21: the index entry" in refused(tmp_path / "x.kit", build(said, [packed] * 3, index))
+    assert "sample 21: the index entry" in refused(tmp_path / "x.kit", build(said, [packed] * 3, index))
 
 
 def test_huge_frame_that_header_and_index_agree_on(tmp_path):
@@ -617,7 +617,7 @@ def test_huge_frame_that_header_and_index_agree_on(tmp_path):
     claim = bytes.fromhex("28b52ffd a0") + raw.to_bytes(4, "little") + bytes.fromhex("010000")
     assert 3 << 30 < raw < 1 << 32 and zstandard.frame_content_size(claim) == raw
     said = said_by(0, 1, rows, rows * how.k, how, sequence_length=1 << 20)
-    assert "position 0: the index" in refused(tmp_path / "x.kit", one_frame(b"", claim, said, rows=rows, raw=raw))
+    assert "sample 0: the index" in refused(tmp_path / "x.kit", one_frame(b"", claim, said, rows=rows, raw=raw))
 
 
 def test_huge_number_of_rows_that_takes_few_bytes(tmp_path):
@@ -626,14 +626,14 @@ def test_huge_number_of_rows_that_takes_few_bytes(tmp_path):
     rows = shard.LARGEST_PLANE // how.k + 1
     raw = bytes(how.frame_bytes(rows, 0))
     said = said_by(0, 1, rows, 0, how, sequence_length=rows)
-    assert "position 0: the index" in refused(tmp_path / "x.kit", one_frame(raw, said=said, rows=rows))
+    assert "sample 0: the index" in refused(tmp_path / "x.kit", one_frame(raw, said=said, rows=rows))
 
 
 def test_frame_that_claims_a_huge_content(tmp_path):
     """zstd's own header says how much is allocated."""
     claim = bytes.fromhex("28b52ffd e0") + (1 << 40).to_bytes(8, "little") + bytes.fromhex("010000")
     assert zstandard.frame_content_size(claim) == 1 << 40
-    assert "position 0: the frame has another size" in refused(tmp_path / "x.kit", one_frame(frame(), change=claim))
+    assert "sample 0: the frame has another size" in refused(tmp_path / "x.kit", one_frame(frame(), change=claim))
 
 
 def test_frame_that_is_smaller_or_larger_than_it_says(tmp_path):
@@ -642,14 +642,14 @@ def test_frame_that_is_smaller_or_larger_than_it_says(tmp_path):
     for data in (raw[:-1], raw + b"\0", b"", raw * 1000):
         block_ = (len(data) << 3 | 1).to_bytes(3, "little") + data
         claim = bytes.fromhex("28b52ffd 20") + bytes([len(raw)]) + block_
-        assert "position 0: " in refused(tmp_path / "x.kit", one_frame(raw, change=claim))
+        assert "sample 0: " in refused(tmp_path / "x.kit", one_frame(raw, change=claim))
 
 
 @pytest.mark.parametrize(
     "change", [b"", b"\0", b"abcdefgh", bytes.fromhex("28b52ffd"), bytes.fromhex("502a4d18 00000000")]
 )
 def test_frame_that_is_not_zstd(tmp_path, change):
-    assert "position 0: " in refused(tmp_path / "x.kit", one_frame(frame(), change=change))
+    assert "sample 0: " in refused(tmp_path / "x.kit", one_frame(frame(), change=change))
 
 
 def test_frame_without_its_size(tmp_path):
@@ -672,7 +672,7 @@ def test_frame_without_its_size(tmp_path):
 def test_rows_that_no_writer_gives_are_named(tmp_path, raw, message):
     """Also among good frames that are decoded with them."""
     found = refused(tmp_path / "x.kit", one_frame(raw))
-    assert "position 0: " in found and message in found
+    assert "sample 0: " in found and message in found
     said, frames, index = said_by(30, 33, 6, 15), [], np.zeros(3, INDEX)
     at = PREFIX.size + len(json.dumps(said))
     for place, data in enumerate((frame(), raw, frame())):
@@ -680,20 +680,20 @@ def test_rows_that_no_writer_gives_are_named(tmp_path, raw, message):
         index[place] = (at, len(frames[-1]), len(data), 2, 0, xxhash.xxh3_64_intdigest(data), 7)
         at += len(frames[-1])
     found = refused(tmp_path / "x.kit", build(said, frames, index))
-    assert "position 31: " in found and message in found
-    assert [f.position for f in Shard(tmp_path / "x.kit").read(30, 3)] == [30, 31, 32]
+    assert "sample 31: " in found and message in found
+    assert [f.sample for f in Shard(tmp_path / "x.kit").read(30, 3)] == [30, 31, 32]
 
 
 def test_ids_that_wrap_around_32_bits_are_named(tmp_path):
     how, largest = Codec(1 << 24, 300, 1 / 16), (1 << 24) - 1
     raw = frame((258,), [largest] * 257 + [258], bytes(258), width=3)
     said = said_by(0, 1, 1, 258, how)
-    assert "position 0: an id of" in refused(tmp_path / "x.kit", one_frame(raw, said=said, rows=1))
+    assert "sample 0: an id of" in refused(tmp_path / "x.kit", one_frame(raw, said=said, rows=1))
 
 
 @pytest.mark.parametrize(
     ("first", "count"), [(9, 1), (13, 1), (-1, 1), (0, 1), (10**12, 1), (10, 4), (12, 2), (11, -1)]
 )
-def test_position_that_the_shard_does_not_hold(small, first, count):
-    with pytest.raises(UserError, match=rf"positions 10 to 13, asked for {first}"):
+def test_sample_that_the_shard_does_not_hold(small, first, count):
+    with pytest.raises(UserError, match=rf"samples 10 to 13, asked for {first}"):
         Shard(small).read(first, count)

@@ -1,0 +1,1 @@
+"""The ki-ds command, one file a group of commands."""

@@ -1,0 +1,1 @@
+"""Tools over targets: verify, inspect, repair, and exchange with other trainers."""

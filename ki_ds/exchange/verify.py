@@ -1,0 +1,162 @@
+"""Looks for damage: every byte of every shard, and what the decoded numbers must satisfy."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ki_ds.errors import UserError
+from ki_ds.exchange.teacher_inputs import TeacherInputs
+from ki_ds.targets.codec import FINE, NAT, Codec, Planes
+from ki_ds.targets.folder import ASIDE, ShardFolder
+from ki_ds.targets.shard import Damaged, Raw, Shard
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong in a shard."""
+
+    shard: int  # its number
+    message: str
+    damaged: bool = True  # else it could not be looked at: missing, not readable now, of another version
+
+
+def verify(
+    shards: ShardFolder,
+    deep: bool = False,
+    inputs: TeacherInputs | None = None,
+    advance: Callable[[int], None] | None = None,
+) -> list[Fault]:
+    """Every fault of a folder, in its order; shards are read in parallel.
+
+    Args:
+        deep: decode every row and check its probabilities too.
+        inputs: check that the teacher saw exactly these inputs.
+        advance: called with the number of samples that have been looked at.
+    """
+
+    def one(number: int) -> list[Fault]:
+        found = [
+            Fault(number, str(error), isinstance(error, Damaged)) for error in _shard(shards, number, deep, inputs)
+        ]
+        if advance:
+            advance(min(shards.per_shard, shards.samples - number * shards.per_shard))
+        return found
+
+    faults: list[Fault] = []
+    threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(threads) as pool:
+        for begin in range(0, len(shards), 64 * threads):
+            for found in pool.map(one, range(begin, min(begin + 64 * threads, len(shards)))):
+                faults += found
+    return faults
+
+
+def _shard(shards: ShardFolder, number: int, deep: bool, inputs: TeacherInputs | None) -> Iterator[UserError]:
+    try:
+        shard = shards.shard(number)
+    except UserError as error:
+        yield error
+        return
+    start, end = shard.header["start"], shard.header["end"]
+    for first, count in shard.batches(start, end):
+        frames: list[Raw] = []
+        try:
+            frames = shard.read(first, count)
+        except UserError:  # one by one, to name each that is damaged
+            for sample in range(first, first + count):
+                try:
+                    frames += shard.read(sample)
+                except UserError as error:
+                    yield error
+        for message in _frames(shard, frames, deep, inputs):
+            yield shard.bad(message)
+
+
+def _frames(shard: Shard, frames: list[Raw], deep: bool, inputs: TeacherInputs | None) -> Iterator[str]:
+    if not frames:
+        return
+    labels: list[np.ndarray | None] = [None] * len(frames)
+    if inputs is not None:
+        view = inputs.view(np.array([frame.sample for frame in frames]))
+        _, tokens, ends = inputs.rows(view)
+        labels = list(np.split(tokens, ends[:-1]))
+        for frame, digest, label in zip(frames, inputs.viewer.digests(view).tolist(), labels, strict=True):
+            if (frame.digest, frame.rows) != (digest, 0 if label is None else len(label)):
+                yield f"sample {frame.sample}: the teacher saw another input than the corpus gives here"
+    if not deep:
+        return
+    for frame, label in zip(frames, labels, strict=True):
+        try:
+            planes = shard.codec.decode([frame.data], [frame.rows])
+        except ValueError as error:
+            yield f"sample {frame.sample}: {error}"
+            continue
+        for row, message in _rows(
+            shard.codec, planes, label if label is not None and len(label) == len(planes) else None
+        ):
+            yield f"sample {frame.sample}, row {row}: {message}"
+
+
+def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tuple[int, str]]:
+    """(row, what is wrong with it), the first of each kind."""
+    kept, half = planes.kept(), 0.5 / NAT + 1e-6
+    checks: list[tuple[np.ndarray, str]] = []
+    first = how.scalar(planes, "first") if "first" in how.scalars else np.zeros(len(planes), np.float32)
+    if how.values == "count":
+        drawn = planes.values_nK.sum(axis=1, dtype=np.int64)
+        checks.append((drawn != drawn[:1], "another number of draws than the first row's"))
+        checks.append((((planes.values_nK == 0) & kept).any(axis=1), "an id that was never drawn"))
+    else:
+        below = how.below(planes).astype(np.float64)
+        mass = np.where(kept, np.exp(first[:, None] - below), 0).sum(axis=1)
+        slack = np.exp(how.quantum / 2 + half)
+        if "tail@1" in how.scalars:
+            mass += np.exp(first + how.scalar(planes, "tail@1").astype(np.float64))
+            checks.append(((planes.count_n > 0) & (mass < 1 / slack - 1e-3), "its probabilities sum to less than 1"))
+        checks.append((mass > slack + 1e-3, "its probabilities sum to more than 1"))
+    checks.append((first > half, "a log-probability above 0"))
+    if "truth" in how.scalars:
+        truth = how.scalar(planes, "truth")
+        checks.append(
+            (
+                (planes.count_n > 0) & (truth > first + 2 * half),
+                "the true token is more probable than the most probable id",
+            )
+        )
+        if labels is not None and how.values != "count":
+            stored = first[:, None] - how.below(planes)
+            at = kept & (planes.ids() == labels[:, None]) & (planes.values_nK <= FINE)
+            wrong = at & (np.abs(stored - truth[:, None]) > how.quantum / 2 + 2 * half)
+            checks.append((wrong.any(axis=1), "the true token's log-probability is not what its entry says"))
+    for wrong, message in checks:
+        if wrong.any():
+            yield int(np.flatnonzero(wrong)[0]), message
+
+
+def repair(folder: Path, shards: ShardFolder, faults: list[Fault]) -> list[Path]:
+    """Set the damaged shards aside, so that `teach` computes them again; where they are now.
+
+    Raises:
+        UserError: every single shard seems to be damaged, or they cannot be moved.
+    """
+    bad = list(dict.fromkeys(fault.shard for fault in faults if fault.damaged))
+    if len(bad) == len(shards) > 1:
+        raise UserError(
+            f"{folder}: all {len(bad)} shards seem to be damaged, the first: {faults[0].message} More likely the "
+            "manifest or the corpus is another one; nothing was set aside."
+        )
+    moved = []
+    for number in bad:
+        path = folder / shards.name(number)
+        try:
+            (folder / ASIDE).mkdir(exist_ok=True)
+            moved.append(path.rename(folder / ASIDE / path.name))
+        except OSError as error:
+            raise UserError(f"{path}: cannot be set aside: {error.strerror}") from None
+    return moved

@@ -1,0 +1,1 @@
+"""The experiment file: typed, read strictly, checked as a graph; its schedules."""

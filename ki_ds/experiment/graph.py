@@ -1,0 +1,252 @@
+"""The experiment as a graph: read and checked; who starts and inherits from whom, in which order stages run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+from ki_ds.corpus.stream import Mix
+from ki_ds.errors import UserError, nearest
+from ki_ds.experiment.schedules import teacher_steps
+from ki_ds.experiment.schema import Experiment, Inherit, Model
+from ki_ds.experiment.strict import assignment, merge_patch, parse, read_json
+from ki_ds.targets.selection import Selection
+
+
+def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, ...] = ()) -> Experiment:
+    """Read an experiment file, apply a scale and `key=value` settings, check types and references.
+
+    Raises:
+        UserError: with the JSON path of every problem found.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: expected a JSON object, found {type(data).__name__}")
+    if scale is not None:
+        scales = data.get("scales", {})
+        known = list(scales) if isinstance(scales, dict) else []
+        if scale not in known:
+            listed = ", ".join(known) or "none"
+            raise UserError(
+                f'{path}: scales: there is no scale "{scale}"; the file has {listed}{nearest(scale, known)}'
+            )
+        if not isinstance(scales[scale], dict):
+            raise UserError(f"{path}: scales.{scale}: expected an object, a merge patch over this file")
+        data = merge_patch(data, scales[scale])
+    for setting in settings:
+        data = merge_patch(data, assignment(setting))
+    experiment = parse(Experiment, data, str(path))
+    found = check(experiment)
+    if found:
+        raise UserError("\n".join(f"{path}: {line}" for line in found))
+    return experiment
+
+
+def check(experiment: Experiment) -> list[str]:
+    """Every broken reference or impossible number, a line each, opening with its JSON path."""
+    return [
+        *_tokenizer(experiment),
+        *(line for name, model in experiment.models.items() for line in _model(experiment, name, model)),
+        *_cycles(experiment),
+        *_comparisons(experiment),
+    ]
+
+
+def _unknown(place: str, what: str, name: str, known: list[str]) -> str:
+    return f'{place}: there is no {what} "{name}"; the file has {", ".join(known)}{nearest(name, known)}'
+
+
+def _tokenizer(experiment: Experiment) -> list[str]:
+    known = list(experiment.corpora)
+    train = experiment.tokenizer.train
+    named = train.on if train else []
+    return [_unknown("tokenizer.train.on", "corpus", name, known) for name in named if name not in experiment.corpora]
+
+
+def _model(experiment: Experiment, name: str, model: Model) -> list[str]:
+    place = f"models.{name}"
+    corpora, models = list(experiment.corpora), list(experiment.models)
+    lines = []
+    if model.start_from is not None and model.start_from not in models:
+        lines.append(_unknown(f"{place}.start_from", "model", model.start_from, models))
+    elif model.start_from is not None and experiment.models[model.start_from].targets is not None:
+        lines.append(f'{place}.start_from: of "{model.start_from}" there are only predictions ("targets"), no weights')
+    for corpus in model.targets or ():
+        if corpus not in corpora:
+            lines.append(_unknown(f"{place}.targets.{corpus}", "corpus", corpus, corpora))
+    if model.pretrained is not None and experiment.tokenizer.train:
+        lines.append(
+            f"{place}.pretrained: this experiment trains a tokenizer of its own (tokenizer.train), so the ids of "
+            f'"{model.pretrained}" would mean other tokens; expected "tokenizer": {{"pretrained": …}} of that model'
+        )
+    if model.train is None:
+        return lines
+    unknown = [corpus for corpus in model.train.on if corpus not in corpora]
+    lines += [_unknown(f"{place}.train.on.{corpus}", "corpus", corpus, corpora) for corpus in unknown]
+    try:
+        Mix(list(model.train.on.values()))
+    except ValueError as error:
+        lines.append(f"{place}.train.on: {error}")
+    inherit = model.inherit
+    if inherit is None:
+        return lines
+    for corpus, teacher in inherit.teachers.items():
+        if corpus not in model.train.on:
+            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "corpus in train.on", corpus, list(model.train.on)))
+        if teacher not in models:
+            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "model", teacher, models))
+            continue
+        stored = experiment.models[teacher].targets
+        if stored is not None and corpus not in stored:
+            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "corpus in its targets", corpus, list(stored)))
+    vocabulary = experiment.tokenizer.train and experiment.tokenizer.train.vocabulary_size
+    if vocabulary and inherit.targets.select != "sampled" and inherit.targets.k > vocabulary:
+        lines.append(
+            f"{place}.inherit.targets.k: found {inherit.targets.k}; "
+            f"expected at most the vocabulary size, {vocabulary} (tokenizer.train.vocabulary_size)"
+        )
+    if inherit.teacher_steps is not None and inherit.teacher_steps > model.train.steps and inherit.schedule != "linear":
+        lines.append(
+            f"{place}.inherit.teacher_steps: found {inherit.teacher_steps}; "
+            f"expected at most train.steps, {model.train.steps}"
+        )
+    return lines
+
+
+def needs(experiment: Experiment, name: str) -> list[str]:
+    """The models that must be finished before this one can be trained: its origin and its teachers."""
+    model = experiment.models[name]
+    origin = [model.start_from] if model.start_from is not None else []
+    teachers = list(model.inherit.teachers.values()) if model.inherit else []
+    return [other for other in dict.fromkeys(origin + teachers) if other in experiment.models]
+
+
+def _cycles(experiment: Experiment) -> list[str]:
+    finished: set[str] = set()
+
+    def visit(name: str, path: list[str]) -> list[str] | None:
+        if name in path:
+            return [*path[path.index(name) :], name]
+        if name in finished:
+            return None
+        for other in needs(experiment, name):
+            found = visit(other, [*path, name])
+            if found:
+                return found
+        finished.add(name)
+        return None
+
+    for name in experiment.models:
+        cycle = visit(name, [])
+        if cycle:
+            return [f"models.{cycle[0]}: a cycle: {' needs '.join(cycle)}; a teacher must not descend from its student"]
+    return []
+
+
+def _comparisons(experiment: Experiment) -> list[str]:
+    lines = []
+    trained = [name for name, model in experiment.models.items() if model.train]
+    for index, comparison in enumerate(experiment.compare):
+        for role, name in (("student", comparison.student), ("baseline", comparison.baseline)):
+            if name not in trained:
+                lines.append(_unknown(f"compare.{index}.{role}", "trained model", name, trained))
+    return lines
+
+
+def order(experiment: Experiment) -> list[str]:
+    """All models, each after those it needs, otherwise in the file's order."""
+    ordered: list[str] = []
+
+    def visit(name: str) -> None:
+        if name in ordered:
+            return
+        for other in needs(experiment, name):
+            visit(other)
+        ordered.append(name)
+
+    for name in experiment.models:
+        visit(name)
+    return ordered
+
+
+# ------------------------------------------------------------------------------------------------------ stages
+
+Kind = Literal["tokenizer", "corpus", "teach", "train", "evaluate", "report"]
+FOLDERS = {"corpus": "corpora", "teach": "targets", "train": "models", "evaluate": "results"}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One piece of work, and the folder under the work directory that it makes."""
+
+    kind: Kind
+    name: str
+
+    @property
+    def folder(self) -> str:
+        return f"{FOLDERS[self.kind]}/{self.name}" if self.kind in FOLDERS else self.kind
+
+    def __str__(self) -> str:
+        return self.kind if self.kind == self.name else f"{self.kind} {self.name}"
+
+
+def targets_name(teacher: str, corpus: str, inherit: Inherit) -> str:
+    """Name of the targets of a teacher over a corpus, as a student wants them: teacher@corpus for the top k of any k,
+    teacher@corpus@… for other selections."""
+    return f"{teacher}@{corpus}{inherit.targets.selection(inherit.temperature).suffix}"
+
+
+def stages(experiment: Experiment) -> list[Stage]:
+    """Everything the experiment needs, in an order in which each finds its inputs ready."""
+    found = [Stage("tokenizer", "tokenizer"), *(Stage("corpus", name) for name in experiment.corpora)]
+    for name in order(experiment):
+        model = experiment.models[name]
+        if model.inherit:
+            found += [Stage("teach", name) for name in taught_by(experiment, model).values() if name]
+        if model.train:
+            found.append(Stage("train", name))
+    found += [Stage("evaluate", name) for name in order(experiment) if experiment.models[name].targets is None]
+    return [*dict.fromkeys(found), Stage("report", "report")]
+
+
+def taught_by(experiment: Experiment, model: Model) -> dict[str, str | None]:
+    """The targets that a student reads on each corpus, by the name of their stage; None: they come from elsewhere."""
+    inherit = model.inherit
+    if inherit is None:
+        return {}
+    return {
+        corpus: None if experiment.models[teacher].targets else targets_name(teacher, corpus, inherit)
+        for corpus, teacher in inherit.teachers.items()
+    }
+
+
+@dataclass(frozen=True)
+class Needed:
+    """What the students of one targets folder read of it."""
+
+    teacher: str
+    corpus: str
+    samples: int  # how far into the corpus's stream; past the last view pairs come again
+    selection: Selection  # with the largest k
+    temperatures: tuple[float, ...]  # at which the tail is stored
+    tails: tuple[float, ...]  # of these, the ones that a loss reads
+
+
+def targets_needed(experiment: Experiment, name: str) -> Needed:
+    """What the targets of a teach stage must hold."""
+    teacher, corpus = name.split("@")[:2]
+    samples, chosen = 0, Selection("top_k", 1)
+    temperatures, tails = set(), set()
+    for model in experiment.models.values():
+        inherit = model.inherit
+        if not model.train or not inherit or taught_by(experiment, model).get(corpus) != name:
+            continue
+        mix = Mix(list(model.train.on.values()))
+        read = mix.counts(teacher_steps(inherit, model.train.steps) * model.train.batch_size)
+        samples = max(samples, read[list(model.train.on).index(corpus)])
+        selection = inherit.targets.selection(inherit.temperature)
+        chosen = replace(selection, k=max(selection.k, chosen.k))
+        temperatures.add(inherit.temperature)
+        tails |= {inherit.temperature} if inherit.targets.tail else set()
+    return Needed(teacher, corpus, samples, chosen, tuple(sorted(temperatures)), tuple(sorted(tails)))

@@ -1,0 +1,40 @@
+"""α schedules and their length (section 3, and the schedules of section 4.1)."""
+
+from __future__ import annotations
+
+import math
+
+from ki_ds.experiment.schema import Inherit
+
+CONSTANT_ALPHA = 0.5
+
+
+def teacher_steps(inherit: Inherit | None, steps: int) -> int:
+    """How many of the first steps have α > 0."""
+    if inherit is None:
+        return 0
+    if inherit.teacher_steps is not None:
+        return min(inherit.teacher_steps, steps)
+    if inherit.alpha_T is None:
+        return steps
+    # α_t = 1 - alpha_T · t / T > 0 for t < T / alpha_T; the rounding guards against 3 / 0.3 = 10.000000000000002
+    # and alpha_0 is 1 whatever alpha_T is
+    return max(math.ceil(round(min(steps / inherit.alpha_T, steps), 9)), 1)
+
+
+def alpha(inherit: Inherit | None, step: int, steps: int) -> float:
+    """α of step t = 0 … T - 1.
+
+    linear: max(1 - α_T · t / T, 0), with α_T = T / teacher_steps where the latter is given; heaviside: 1 as long as
+    linear is above 0; constant: one value, to the end or for teacher_steps.
+    """
+    if inherit is None or step >= teacher_steps(inherit, steps):
+        return 0.0
+    if inherit.schedule == "heaviside":
+        return 1.0
+    if inherit.schedule == "constant":
+        return CONSTANT_ALPHA if inherit.alpha is None else inherit.alpha
+    if inherit.teacher_steps is not None:
+        return 1 - step / inherit.teacher_steps
+    assert inherit.alpha_T is not None  # Inherit checks it
+    return max(1 - inherit.alpha_T * step / steps, 0.0)

@@ -1,0 +1,342 @@
+"""The experiment file: JSON, read once and strictly into typed, frozen objects.
+
+Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. `ki_ds.graph` reads the file and
+checks the references between its parts.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+
+from ki_ds.experiment.strict import Strict
+from ki_ds.targets.selection import Selection
+
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
+Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
+Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+
+
+# ---------------------------------------------------------------------------------------------------- corpora
+
+
+class TextSource(Strict):
+    """Text files; blank lines separate documents."""
+
+    text: str = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
+
+
+class JsonLinesSource(Strict):
+    """JSON Lines files; a document a line."""
+
+    jsonl: str = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
+    field: str = Field("text", description="the key that holds the document's text")
+
+
+class ParquetSource(Strict):
+    """Parquet files; a document a row."""
+
+    parquet: str = Field(description="path, glob or fsspec URL")
+    field: str = Field("text", description="the column that holds the document's text")
+
+
+class DatasetSource(Strict):
+    """A Hugging Face dataset by name or folder, streamed."""
+
+    dataset: str
+    configuration: str | None = None
+    split: str = "train"
+    field: str = "text"
+
+
+class DocumentationSource(Strict):
+    """Docstrings and topics of installed Python packages, parsed from their files without importing them."""
+
+    installed_documentation: Annotated[list[str], Field(min_length=1)] = Field(
+        description='names of packages; "stdlib" is the standard library'
+    )
+
+
+SOURCE_KINDS = {
+    "text": TextSource,
+    "jsonl": JsonLinesSource,
+    "parquet": ParquetSource,
+    "dataset": DatasetSource,
+    "installed_documentation": DocumentationSource,
+}
+
+
+def _source_kind(value: Any) -> str | None:
+    if isinstance(value, dict):
+        kinds = [kind for kind in SOURCE_KINDS if kind in value]
+        return kinds[0] if len(kinds) == 1 else None
+    return next((kind for kind, cls in SOURCE_KINDS.items() if isinstance(value, cls)), None)
+
+
+Source = Annotated[
+    Annotated[TextSource, Tag("text")]
+    | Annotated[JsonLinesSource, Tag("jsonl")]
+    | Annotated[ParquetSource, Tag("parquet")]
+    | Annotated[DatasetSource, Tag("dataset")]
+    | Annotated[DocumentationSource, Tag("installed_documentation")],
+    Discriminator(
+        _source_kind,
+        custom_error_type="source_kind",
+        custom_error_message=f"a source has exactly one of the keys {', '.join(SOURCE_KINDS)}",
+    ),
+]
+
+
+class Corpus(Strict):
+    """A named collection of documents of one domain."""
+
+    sources: Annotated[list[Source], Field(min_length=1)]
+    validation: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.005, description="share of the documents held out, chosen by a hash of their text"
+    )
+    invalid_utf8: Literal["replace", "refuse"] = "replace"
+
+
+class TrainTokenizer(Strict):
+    """A byte-level BPE tokenizer, trained on named corpora."""
+
+    vocabulary_size: Annotated[int, Field(ge=261, le=1 << 24)] = Field(
+        description="ids in all: 256 bytes and the special tokens come first"
+    )
+    on: Annotated[list[Name], Field(min_length=1)]
+
+
+class Tokenizer(Strict):
+    """Exactly one of the two."""
+
+    train: TrainTokenizer | None = None
+    pretrained: str | None = Field(None, description="a Hugging Face tokenizer folder or name")
+
+    @model_validator(mode="after")
+    def _one(self) -> Tokenizer:
+        if (self.train is None) == (self.pretrained is None):
+            raise ValueError('give exactly one of "train" and "pretrained"')
+        return self
+
+
+class Masking(Strict):
+    """Masked-language-model views (Devlin et al. 2019): of the chosen tokens 80 % masked, 10 % random, 10 % kept."""
+
+    probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    views: Annotated[int, Field(gt=0, le=1000)] = Field(10, description="different maskings of a sequence")
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+class Train(Strict):
+    """How a model is trained. Defaults are the paper's (appendix, pre-training settings)."""
+
+    on: Annotated[dict[Name, Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+        description="corpora and their weights in the mix"
+    )
+    steps: Positive
+    batch_size: Positive = Field(description="sequences a step, over all ranks")
+    learning_rate: Annotated[float, Field(gt=0)]
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences a rank computes at once; default: the largest divisor up to 32"
+    )
+    optimizer: Literal["adamw", "lamb"] = Field(
+        "adamw", description="the algorithm; the engine JSON chooses the implementation (docs/optimizers.md)"
+    )
+    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises linearly")
+    betas: tuple[Beta, Beta] = (0.9, 0.98)
+    epsilon: Annotated[float, Field(gt=0)] = 1e-6
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global norm; 0: none")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    evaluate_every: Positive | None = Field(None, description="steps; default: a twentieth of the run")
+    checkpoint_every: Positive | None = Field(None, description="steps; default: a tenth of the run")
+    keep_checkpoints: Positive = 2
+
+    @field_validator("betas", mode="before")
+    @classmethod
+    def _tuple(cls, value: Any) -> Any:
+        return tuple(value) if isinstance(value, list) else value
+
+    @property
+    def evaluation_steps(self) -> int:
+        return self.evaluate_every or max(self.steps // 20, 1)
+
+    @property
+    def checkpoint_steps(self) -> int:
+        return self.checkpoint_every or max(self.steps // 10, 1)
+
+
+class TargetSettings(Strict):
+    """What is kept of a teacher's prediction of each row."""
+
+    select: Literal["top_k", "top_k_tail", "top_p", "sampled"] = Field(
+        "top_k",
+        description="top_k: renormalised over the k ids (the paper); top_k_tail: all other ids as one more outcome; "
+        "top_p: the smallest set that reaches mass p, renormalised; sampled: counts of random draws",
+    )
+    k: Annotated[int, Field(gt=0, le=1024)] = Field(100, description="ids a row; top_p: at most")
+    p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="top_p: the mass to be reached")
+    draws: Annotated[int, Field(gt=0, le=255)] = Field(50, description="sampled: draws a row, with replacement")
+
+    @model_validator(mode="after")
+    def _belongs(self) -> TargetSettings:
+        own = {"top_p": {"k", "p"}, "sampled": {"draws"}}.get(self.select, {"k"})
+        for name in sorted(self.model_fields_set - own - {"select"}):
+            raise ValueError(
+                f'"{name}" does not belong to "select": "{self.select}", which takes {", ".join(sorted(own))}'
+            )
+        if self.select == "top_p" and self.p is None:
+            raise ValueError('"top_p" needs "p", the mass to be reached')
+        return self
+
+    def selection(self, temperature: float) -> Selection:
+        """What a targets folder for these settings holds."""
+        if self.select == "sampled":
+            return Selection("sampled", self.draws, temperature=temperature)
+        return Selection("top_p", self.k, p=self.p) if self.p is not None else Selection("top_k", self.k)
+
+    @property
+    def tail(self) -> bool:
+        """Whether the loss reads the tail's mass."""
+        return self.select == "top_k_tail"
+
+
+class Distortion(Strict):
+    """What quantisation may cost: KL(teacher ‖ stored teacher) of a row's kept ids, in nats."""
+
+    mean: Annotated[float, Field(ge=5e-8, le=0.04)] = Field(2e-4, description="over a shard; fixes the quantum")
+    max: Annotated[float, Field(gt=0)] = 2e-3
+
+
+class Inherit(Strict):
+    """From whom a model inherits on each corpus, and for how long (section 3)."""
+
+    teachers: Annotated[dict[Name, Name], Field(min_length=1)] = Field(alias="from", description="corpus: teacher")
+    schedule: Literal["linear", "heaviside", "constant"] = "linear"
+    alpha_T: Annotated[float, Field(gt=0)] | None = Field(
+        None,
+        description="linear: alpha falls from 1 by alpha_T / steps a step; heaviside: it drops to 0 where linear ends",
+    )
+    teacher_steps: Positive | None = Field(None, description="steps with alpha > 0; the same as alpha_T = steps / this")
+    alpha: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the value of the constant schedule")
+    temperature: Annotated[float, Field(gt=0)] = 2.0
+    targets: TargetSettings = Field(default_factory=lambda: TargetSettings.model_validate({}))
+
+    @model_validator(mode="after")
+    def _one_length(self) -> Inherit:
+        if self.schedule == "constant":
+            if self.alpha_T is not None:
+                raise ValueError(
+                    'the constant schedule takes "alpha" and, to end early, "teacher_steps"; not "alpha_T"'
+                )
+        elif (self.alpha_T is None) == (self.teacher_steps is None):
+            raise ValueError('give exactly one of "alpha_T" and "teacher_steps"')
+        elif self.alpha is not None:
+            raise ValueError('"alpha" belongs to the constant schedule')
+        return self
+
+
+class Model(Strict):
+    """Exactly one origin (architecture, start_from, pretrained, targets); trained here, or used as it is."""
+
+    architecture: str | dict[str, Any] | None = Field(
+        None, description="a name of the table in ki_ds/models.py or an inline Hugging Face configuration"
+    )
+    start_from: Name | None = Field(None, description="another model of this experiment")
+    pretrained: str | None = Field(None, description="a Hugging Face model folder or name")
+    targets: dict[Name, str] | None = Field(
+        None,
+        min_length=1,
+        description="corpus: folder or fsspec URL of predictions made elsewhere; such a model can only teach",
+    )
+    padded_vocabulary: bool = Field(
+        False, description="the pretrained head has rows beyond the tokenizer's vocabulary, to be left out"
+    )
+    train: Train | None = None
+    inherit: Inherit | None = None
+    seed: Seed | None = Field(None, description="for initial weights and dropout; default: the experiment's")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Model:
+        origins = (self.architecture, self.start_from, self.pretrained, self.targets)
+        if sum(origin is not None for origin in origins) != 1:
+            raise ValueError('give exactly one of "architecture", "start_from", "pretrained" and "targets"')
+        if self.train is None and self.pretrained is None and self.targets is None:
+            raise ValueError('only a model with "pretrained" or "targets" can go without "train"')
+        if self.train is not None and self.targets is not None:
+            raise ValueError('"targets" are predictions of a model made elsewhere; it cannot be trained here')
+        if self.train is None and self.inherit is not None:
+            raise ValueError('"inherit" needs "train"')
+        return self
+
+
+class Inference(Strict):
+    """How teachers are run; of this only the precision shapes what they say."""
+
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    tensor_parallel: Positive = Field(1, description="ranks that share one copy of a teacher, each with a part of it")
+    engine: str | dict[str, Any] | None = Field(
+        None, description="DeepSpeed JSON, a file or the configuration itself, with ZeRO stage 3: a teacher is "
+        "partitioned over all ranks",
+    )  # fmt: skip
+    micro_batch_size: Positive | None = Field(
+        None, description="sequences computed at once; default: 16, on a GPU as many as fit and pay"
+    )
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Inference:
+        if self.engine is not None and self.tensor_parallel > 1:
+            raise ValueError('give "engine" (ZeRO-3) or "tensor_parallel" above 1, not both')
+        return self
+
+
+class Comparison(Strict):
+    """A student shown against a baseline."""
+
+    student: Name
+    baseline: Name
+
+
+class Experiment(Strict):
+    """A graph of corpora and models."""
+
+    name: Name
+    seed: Seed = 1
+    objective: Literal["mlm", "clm"]
+    sequence_length: Annotated[int, Field(ge=8, le=1 << 20)] = 512
+    tokenizer: Tokenizer
+    masking: Masking = Masking(views=10)
+    corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
+    models: Annotated[dict[Name, Model], Field(min_length=1)]
+    compare: list[Comparison] = []
+    target_distortion: Distortion = Field(default_factory=lambda: Distortion.model_validate({}))
+    engine: str | dict[str, Any] = Field(
+        "ds_configs/engine/zero1_fp32.json", description="DeepSpeed JSON: a file, or the configuration itself"
+    )
+    inference: Inference = Field(default_factory=lambda: Inference.model_validate({}))
+    samples_per_shard: Annotated[int, Field(gt=0, le=1 << 20)] = Field(1024, description="samples in a shard file")
+    scales: dict[Name, dict[str, Any]] = Field({}, description="JSON merge patches (RFC 7396) over this file")
+
+    @model_validator(mode="after")
+    def _objective(self) -> Experiment:
+        if self.objective == "clm" and "masking" in self.model_fields_set:
+            raise ValueError('"masking" belongs to the objective "mlm"; a causal model sees its input unmasked')
+        return self
+
+    @property
+    def views(self) -> int:
+        """Different maskings of each sequence; a causal model has one view."""
+        return self.masking.views if self.objective == "mlm" else 1
+
+    def model_seed(self, name: str) -> int:
+        """The seed of a model's initial weights and dropout."""
+        seed = self.models[name].seed
+        return self.seed if seed is None else seed

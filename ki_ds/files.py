@@ -1,0 +1,70 @@
+"""Files: written whole or not at all, digests, and what to do where writing fails."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ki_ds.errors import UserError
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of canonical JSON, 32 hexadecimal digits of it."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes, 32 hexadecimal digits of it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _sha(file)
+
+
+def _sha(file: Any) -> str:  # Python 3.10
+    whole = hashlib.sha256()
+    while block := file.read(1 << 20):
+        whole.update(block)
+    return whole.hexdigest()[:32]
+
+
+def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write bytes, or several one after the other, to a temporary name, flush to disk, rename: the file is whole or
+    absent.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # process ids of two nodes may be the same
+    try:
+        with temporary.open("wb") as file:
+            file.writelines([data] if isinstance(data, bytes) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise UserError(f"{path}: cannot be written: {error.strerror}. {remedy(error)}") from None
+
+
+def remedy(error: OSError) -> str:
+    """What to do about a failed write."""
+    if error.errno in (28, 122):  # ENOSPC, EDQUOT
+        return "Free some space, or choose another --workdir, and run the same command again: it continues."
+    return "Check the folder's permissions, or choose another --workdir."
+
+
+def sync(path: Path) -> None:
+    """Flush a file or folder to disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

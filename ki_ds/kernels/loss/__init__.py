@@ -1,0 +1,1 @@
+"""The knowledge-inheritance loss: the definition, and what is faster."""

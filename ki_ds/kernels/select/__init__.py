@@ -1,0 +1,1 @@
+"""The teacher's side: from logits to packed targets."""

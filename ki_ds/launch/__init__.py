@@ -1,0 +1,1 @@
+"""Starting ranks, watching them, and what they say to one another."""

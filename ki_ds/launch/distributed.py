@@ -1,0 +1,211 @@
+"""Rank, world size and the few collective operations; the only reader of the launcher's environment."""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import shutil
+import socket
+import subprocess
+import threading
+import time
+import warnings
+import zlib
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ki_ds.errors import UserError
+from ki_ds.launch import heartbeat
+
+# Where a launcher tells a process its place: deepspeed and torchrun, Open MPI's mpirun, Slurm's srun; the first that is
+# set counts. Slurm's batch script has a SLURM_PROCID too, but belongs to no step: it is a plain process.
+RANK = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
+LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
+
+
+def _told(names: tuple[str, ...], otherwise: int) -> int:
+    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
+
+
+def under_launcher() -> bool:
+    """Whether a launcher started this process as one of its ranks."""
+    return _told(RANK, -1) >= 0 and _told(WORLD_SIZE, 0) > 0
+
+
+def rank() -> int:
+    return _told(RANK, 0)
+
+
+def local_rank() -> int:
+    return _told(LOCAL_RANK, 0)
+
+
+def world_size() -> int:
+    return _told(WORLD_SIZE, 1)
+
+
+def complete_environment() -> None:
+    """Say in the variables that torch and DeepSpeed read what this process's launcher told it in its own.
+
+    A plain process is told that it is alone. Under mpirun DeepSpeed asks MPI for the address of rank 0.
+
+    Raises:
+        UserError: nothing here can find the address of rank 0.
+    """
+    e = os.environ
+    if not under_launcher():
+        e |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        e |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        return
+    e |= {"RANK": str(rank()), "LOCAL_RANK": str(local_rank()), "WORLD_SIZE": str(world_size())}
+    if {"MASTER_ADDR", "MASTER_PORT"} <= e.keys():
+        return
+    if "OMPI_COMM_WORLD_RANK" in e:
+        if importlib.util.find_spec("mpi4py") is None:
+            raise UserError(
+                "mpirun: mpi4py is not installed, and tells the ranks where rank 0 is; run: pip install 'ki_ds[mpi]', "
+                "or say it: mpirun -x MASTER_ADDR=… -x MASTER_PORT=…"
+            )
+        e.setdefault("MASTER_PORT", _port_of(e.get("PMIX_NAMESPACE", "")))
+    elif "SLURM_STEP_NODELIST" in e:
+        if "MASTER_ADDR" not in e:
+            e["MASTER_ADDR"] = _first_host(e["SLURM_STEP_NODELIST"])
+        e.setdefault("MASTER_PORT", _port_of(f"{e.get('SLURM_JOB_ID')}.{e.get('SLURM_STEP_ID')}"))
+    else:
+        raise UserError(
+            f"RANK={e['RANK']} and WORLD_SIZE={e['WORLD_SIZE']} are set, MASTER_ADDR and MASTER_PORT are not; expected "
+            "all of them, from a launcher (deepspeed, torchrun, mpirun, srun), or none"
+        )
+
+
+def _port_of(job: str) -> str:
+    """The same port on all ranks, and another for another job; below the ports that systems give away."""
+    return str(20_000 + zlib.crc32(job.encode()) % 10_000)
+
+
+def _first_host(nodes: str) -> str:
+    """The first of the nodes of a Slurm step (`a[1-3,7],b`): the one with task 0."""
+    if not shutil.which("scontrol"):
+        raise UserError(
+            f"SLURM_STEP_NODELIST={nodes}: there is no scontrol here to name its first host; set MASTER_ADDR"
+        )
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True)
+    if done.returncode or not done.stdout.split():
+        said = done.stderr.strip() or "nothing"
+        raise UserError(f"scontrol show hostnames {nodes}: exit code {done.returncode}: {said}; set MASTER_ADDR")
+    return done.stdout.split()[0]
+
+
+def rendezvous() -> str:
+    """A name for this run that all its ranks know before they have met."""
+    complete_environment()
+    return f"{os.environ.get('MASTER_ADDR', 'mpi')}-{os.environ['MASTER_PORT']}"
+
+
+def free_port() -> int:
+    """A TCP port that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def init_distributed() -> torch.device:
+    """Join the process group through DeepSpeed; a plain process becomes the one rank of a world of its own."""
+    complete_environment()
+    quiet()
+    import deepspeed
+    import deepspeed.ops
+
+    # a shared-memory all-reduce for inference, compiled at start in every process; gloo does what is needed here
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.distributed.is_initialized():
+        # the heart beat is to be the first to notice, since it can say which rank is missing
+        limit = timedelta(seconds=heartbeat.PATIENCE * heartbeat.HERE.timeout_s + 60)
+        port = int(os.environ["MASTER_PORT"])
+        deepspeed.init_distributed(verbose=False, timeout=limit, distributed_port=port)
+    if torch.cuda.is_available():
+        torch.cuda.set_device(local_rank())
+        return torch.device("cuda", local_rank())
+    return torch.device("cpu")
+
+
+def end_with(parent: int) -> None:
+    """End this process when the one that started its launcher is gone: ranks must not go on unattended."""
+
+    def watch() -> None:
+        while True:
+            try:
+                os.kill(parent, 0)
+            except ProcessLookupError:
+                os._exit(1)
+            time.sleep(0.2)
+
+    threading.Thread(target=watch, daemon=True, name="watch").start()
+
+
+def quiet() -> None:
+    """Keep third-party start-up notices from drowning the program's own words."""
+    warnings.filterwarnings("ignore")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def barrier() -> None:
+    if world_size() > 1:
+        with heartbeat.waiting_for_others():
+            torch.distributed.barrier()
+
+
+def all_reduce(values: Tensor) -> Tensor:
+    """Elementwise sum over the ranks; a new tensor."""
+    total = values.clone()
+    if world_size() > 1:
+        with heartbeat.waiting_for_others():
+            torch.distributed.all_reduce(total)
+    return total
+
+
+def broadcast_object(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    with heartbeat.waiting_for_others():
+        torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def all_gather_object(value: Any) -> list[Any]:
+    """Every rank's value, on every rank."""
+    if world_size() == 1:
+        return [value]
+    found: list[Any] = [None] * world_size()
+    with heartbeat.waiting_for_others():
+        torch.distributed.all_gather_object(found, value)
+    return found
+
+
+def agree(facts: dict[str, Any]) -> None:
+    """Check that all ranks run the same thing.
+
+    Raises:
+        UserError: naming the ranks that differ from rank 0, and in what.
+    """
+    found = all_gather_object((socket.gethostname(), facts))
+    lines = []
+    for other, (host, theirs) in enumerate(found):
+        for name, value in found[0][1].items():
+            if theirs.get(name) != value:
+                lines.append(f"rank {other} (host {host}): {name} is {theirs.get(name)}; rank 0 has {value}")
+    if lines:
+        raise UserError("\n".join([*lines[:5], "Give every node the same files and the same versions of libraries."]))

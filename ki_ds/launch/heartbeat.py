@@ -1,0 +1,186 @@
+"""Signs of life of a distributed run, so that a rank that dies or hangs stops the run instead of holding it for ever.
+
+Every rank keeps a small file in the *control folder* that all of them see: what it is doing, how often that has changed
+(`progress`), and a `beat` that a thread counts up while the process lives. One *monitor* reads them: the `ki-ds run`
+that started the ranks, or rank 0 where a launcher was called directly. Its own file holds a beat too, and its word:
+"run", "save" (write a checkpoint and end) or "stop". Beats are counters: the clocks of machines are not compared.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from ki_ds.launch.monitor import Monitor
+from ki_ds.launch.records import read_record, write_record
+from ki_ds.progress import duration
+
+PERIOD_S = 1.0
+PATIENCE = 6  # a long piece of work may take so many times the limit
+EXPLAINED_S = 3.0  # within which a SIGTERM that is to save is followed by the monitor's word
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+REQUEUE = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
+
+
+class Stopped(Exception):
+    """The run was asked to stop, and has: what was worth saving is saved."""
+
+
+class Heartbeat:
+    """This rank's sign of life."""
+
+    def __init__(self) -> None:
+        self.file: Path | None = None
+        self.rank, self.count, self.progress = 0, 0, 0
+        self.doing, self.waiting, self.ended = "starting", False, ""
+        self.asked = threading.Event()  # to save and end
+        self.watched = False  # by the process that started the ranks
+        self.terminated: float | None = None  # since when SIGTERM waits for an explanation
+        self.patience = 1  # how many times the usual limit this may take
+        self.lock = threading.Lock()
+        self.timeout_s = 600.0
+
+    def write(self) -> None:
+        """Say how this rank is."""
+        with self.lock:
+            self.count += 1
+            if self.file is not None:
+                write_record(self.file, {
+                    "rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self.count,
+                    "progress": self.progress, "doing": self.doing[:200], "waiting": self.waiting, "ended": self.ended,
+                    "asked": self.asked.is_set(), "patience": self.patience,
+                })  # fmt: skip
+
+
+HERE = Heartbeat()
+
+
+def report(doing: str, waiting: bool = False) -> None:
+    """Say what this rank is about to do; called again and again, this is what shows that it gets on. `waiting`: for
+    other ranks, which are the ones to be watched then."""
+    HERE.progress += 1
+    HERE.doing, HERE.waiting = doing, waiting
+
+
+def count() -> None:
+    """Say that this rank gets on with what it reported last."""
+    HERE.progress += 1
+
+
+@contextlib.contextmanager
+def lengthy(doing: str) -> Any:
+    """Around one long piece of work of a library, which cannot say that it gets on."""
+    report(doing)
+    HERE.patience = PATIENCE
+    try:
+        yield
+    finally:
+        HERE.patience = 1
+
+
+@contextlib.contextmanager
+def waiting_for_others() -> Any:
+    """Around a collective operation."""
+    before = HERE.doing
+    report(f"{before}: waiting for other ranks", waiting=True)
+    try:
+        yield
+    finally:
+        report(before)
+
+
+def asked_to_stop() -> bool:
+    """Whether a signal, or the monitor, has asked to save and end."""
+    return HERE.asked.is_set()
+
+
+def stop_if_asked() -> None:
+    """For work that needs no saving.
+
+    Raises:
+        Stopped: it was asked for.
+    """
+    if asked_to_stop():
+        raise Stopped
+
+
+def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: bool) -> None:
+    """Begin to give signs of life, and to listen for the monitor's word; `watched`: by the process that started the
+    ranks, else rank 0 watches. SIGTERM and SIGUSR1 from now on ask for saving and ending; a second one ends at once.
+
+    To ranks that are watched, SIGTERM alone says nothing: it comes with a preemption, of which the monitor hears too,
+    and from a launcher that ends the ranks because one of them has died. Without the monitor's word they end.
+    """
+    HERE.rank, HERE.file, HERE.timeout_s = rank, folder / f"rank-{rank:05d}.json", timeout_s
+    HERE.watched = watched
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+    watching = rank == 0 and not watched
+    for left in folder.glob("rank-*.json") if watching else ():  # of an earlier run; who lives writes again
+        left.unlink(missing_ok=True)
+    HERE.write()
+    for number in SIGNALS:
+        signal.signal(number, _on_signal)
+    monitor = Monitor(folder, world_size, timeout_s) if watching else None
+    threading.Thread(target=_live, args=(folder, timeout_s, monitor), daemon=True, name="heartbeat").start()
+
+
+def end(how: str) -> None:
+    """The last sign of life: "done", "stopped" or "failed"."""
+    HERE.ended = how
+    HERE.write()
+
+
+def _on_signal(number: int, _frame: Any) -> None:
+    if HERE.watched and number == signal.SIGTERM:
+        HERE.terminated = HERE.terminated or time.monotonic()
+        return
+    if HERE.asked.is_set():
+        os._exit(128 + number)
+    HERE.asked.set()
+
+
+def _live(folder: Path, timeout_s: float, monitor: Monitor | None) -> None:
+    # what stands there before rank 0 watches is of an earlier run
+    old = None if HERE.watched else read_record(folder / "word.json")
+    word, heard = old, time.monotonic()
+    while True:
+        HERE.write()
+        if monitor is not None:
+            silent = monitor.look()
+            monitor.say("stop" if silent else "save" if monitor.asked else "run")
+            if silent:
+                _leave(f"{silent}; this run stops")
+        found = read_record(folder / "word.json")
+        if found != word:
+            word, heard = found, time.monotonic()
+        said = (word or {}).get("say") if word != old else None
+        if said == "stop":
+            _leave(None if HERE.watched else f"rank {HERE.rank}: stops, as rank 0 says")
+        if said == "save":
+            HERE.asked.set()
+        if HERE.terminated and not HERE.asked.is_set() and time.monotonic() - HERE.terminated > EXPLAINED_S:
+            _leave(None)
+        if time.monotonic() - heard > timeout_s + 10 * PERIOD_S:
+            _leave(f"rank {HERE.rank}: nothing heard for {duration(timeout_s)} from the process that watches this run")
+        time.sleep(PERIOD_S)
+
+
+def _leave(why: str | None) -> None:
+    """End this process, whatever its main thread hangs in."""
+    end("failed")
+    if why:
+        print(f"error: {why}", file=sys.stderr, flush=True)
+    os._exit(1)
+
+
+# -------------------------------------------------------------------------------------------------- watching

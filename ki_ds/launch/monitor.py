@@ -1,0 +1,91 @@
+"""Watches the ranks of a run through their signs of life, and names those that fall silent."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ki_ds.launch.records import read_record, write_record
+from ki_ds.progress import duration
+
+
+@dataclass
+class Seen:
+    """What the monitor last saw of a rank, and since when (seconds of this machine's monotonic clock)."""
+
+    record: dict[str, Any]
+    alive_since: float
+    progress_since: float
+
+
+class Monitor:
+    """Watches the ranks of a run through their files in the control folder."""
+
+    def __init__(self, folder: Path, world_size: int, timeout_s: float):
+        self.folder, self.timeout_s, self.beat = folder, timeout_s, 0
+        now = time.monotonic()
+        self.seen = {rank: Seen({}, now, now) for rank in range(world_size)}
+
+    def say(self, word: str) -> None:
+        """Tell the ranks: "run", "save" or "stop"."""
+        self.beat += 1
+        with contextlib.suppress(OSError):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        write_record(self.folder / "word.json", {"beat": self.beat, "say": word})
+
+    def look(self) -> str:
+        """Which ranks have been silent for too long, in words; empty while all is well."""
+        now = time.monotonic()
+        for rank, seen in self.seen.items():
+            record = read_record(self.folder / f"rank-{rank:05d}.json") or seen.record
+            if record.get("beat") != seen.record.get("beat"):
+                seen.alive_since = now
+            if record.get("progress") != seen.record.get("progress"):
+                seen.progress_since = now
+            seen.record = record
+        return self.verdict(now)
+
+    def verdict(self, now: float) -> str:
+        """As `look`, from what was seen before."""
+        left = {rank: seen for rank, seen in self.seen.items() if not seen.record.get("ended")}
+        dead = [rank for rank, seen in left.items() if now - seen.alive_since > self.timeout_s]
+        stuck = [
+            rank
+            for rank, seen in left.items()
+            if now - seen.progress_since > self.timeout_s * seen.record.get("patience", 1)
+        ]
+        blamed = dead or [rank for rank in stuck if not left[rank].record.get("waiting")]
+        if not blamed and len(stuck) < len(left):
+            return ""  # who waits for others is not to blame
+        blamed = blamed or stuck
+        least = min((left[rank].record.get("progress", 0) for rank in blamed), default=0)
+        behind = dead or [rank for rank in blamed if left[rank].record.get("progress", 0) == least]
+        return "; ".join(self._words(rank, rank in dead) for rank in behind)
+
+    def _words(self, rank: int, dead: bool) -> str:
+        record = self.seen[rank].record
+        if not record:
+            return f"rank {rank}: did not appear within {duration(self.timeout_s)}"
+        sign = "no sign of life" if dead else "no progress"
+        return (
+            f"rank {rank} (host {record.get('host')}, process {record.get('process')}): {sign} for "
+            f"{duration(self.timeout_s)}; last: {record.get('doing')}"
+        )
+
+    @property
+    def asked(self) -> bool:
+        """Whether a signal has asked any rank to save and end."""
+        return any(seen.record.get("asked") for seen in self.seen.values())
+
+    def living(self) -> list[int]:
+        """Ranks that have appeared and have not said that they ended."""
+        found = {rank: read_record(self.folder / f"rank-{rank:05d}.json") or {} for rank in self.seen}
+        return [rank for rank, record in found.items() if record and not record.get("ended")]
+
+    def ended(self) -> set[str]:
+        """How the ranks say that they have ended."""
+        found = (read_record(self.folder / f"rank-{rank:05d}.json") or {} for rank in self.seen)
+        return {str(record["ended"]) for record in found if record.get("ended")}

@@ -1,0 +1,1 @@
+"""Hugging Face models by name or configuration, and taken apart as backbone and head."""

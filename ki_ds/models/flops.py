@@ -1,0 +1,40 @@
+"""Parameters and FLOPs of a model, without allocating it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def auto_class(objective: str) -> Any:
+    """The class of transformers that makes or loads models of an objective."""
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+
+    return AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
+
+
+def outline(config: Any, objective: str, dtype: torch.dtype = torch.float32, device: str = "meta") -> Any:
+    """The model without memory for its parameters; under a mode that makes fake tensors, on any device."""
+    with torch.device(device):
+        return auto_class(objective).from_config(config, dtype=dtype)
+
+
+def count_parameters(config: Any, objective: str) -> int:
+    """Parameters, tied ones once, without allocating them."""
+    return sum(p.numel() for p in outline(config, objective).parameters())
+
+
+def forward_flops(config: Any, objective: str, length: int, rows: float) -> float:
+    """FLOPs of a forward pass over one sequence with so many rows: the matrix products (2 a weight and
+    token), attention scores and mixing (4 · S² · D a layer) and the head at the rows."""
+    model = outline(config, objective)
+    head = model.get_output_embeddings()
+    weights = sum(
+        module.weight.numel()
+        for module in model.modules()
+        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
+    )
+    attention = 4 * length**2 * config.hidden_size * config.num_hidden_layers
+    return 2.0 * weights * length + attention + 2.0 * head.weight.numel() * rows

@@ -1,0 +1,1 @@
+"""Savings, figures and the HTML page."""

@@ -1,0 +1,245 @@
+"""Stage: teacher model + tokens → targets.
+
+The teacher runs under DeepSpeed (`ki_ds.teaching`) over exactly the samples that the students read while
+α_t > 0. A shard is a fixed range of samples, computed in the same micro-batches whoever comes to it, so that an
+interrupted run continues and ends with the same bytes. After the start, ranks that have a teacher each need nothing of
+one another but the folder (`ki_ds.teaching.claims`).
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ki_ds.corpus.hashing import counter_hash, derive_key
+from ki_ds.corpus.masking import View, Viewer
+from ki_ds.corpus.stream import CorpusStream
+from ki_ds.corpus.tokens import Tokens
+from ki_ds.errors import UserError
+from ki_ds.experiment.schema import Distortion
+from ki_ds.kernels.select.eager import Predictions
+from ki_ds.launch import distributed, heartbeat
+from ki_ds.progress import Progress
+from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state
+from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.folder import ShardFolder, finish
+from ki_ds.targets.selection import Selection
+from ki_ds.targets.shard import Block, check_bound, pack_block, write_shard
+from ki_ds.teaching.claims import Claims, sealed_by_one, shared
+from ki_ds.teaching.teacher import Teacher
+
+ENCODERS = 4  # threads that encode and compress while the teacher computes on
+
+
+@dataclass(frozen=True)
+class TeachJob:
+    """What a teacher is asked: the first `samples` of a corpus's stream, and what is kept of its answers."""
+
+    teacher: Callable[[torch.device], Teacher]  # loaded only where something is missing
+    teacher_name: str
+    tokens: Tokens
+    stream: CorpusStream
+    viewer: Viewer
+    samples: int
+    samples_per_shard: int
+    selection: Selection
+    codec: Codec
+    header: dict[str, Any]  # of every shard
+    bound: Distortion
+
+
+def teach(folder: Path, identity: Identity, lesson: TeachJob, device: torch.device) -> Manifest:
+    """Compute what is missing of a targets folder and seal it; every rank calls this.
+
+    Raises:
+        UserError: the folder belongs to something else, the disk is full, or the bound on the distortion is not met.
+    """
+    sealed, samples, per_shard = None, lesson.samples, lesson.samples_per_shard
+    if distributed.rank() == 0:
+        found = state(folder, identity)
+        if found in ("sealed", "unsealed"):  # what was stored once stays, on its own grid of shards
+            facts = begun(folder)
+            samples = max(samples, facts.get("samples", 0))
+            per_shard = facts.get("samples_per_shard", per_shard)
+        elif found == "other" and not (folder / MANIFEST).exists() and not any(folder.glob("*.kit")):
+            (folder / UNSEALED).unlink()  # begun with other settings, but nothing was stored
+        grid = {"samples_per_shard": per_shard}
+        if found == "sealed" and not complete(folder, samples):
+            # a longer run than before, or a shard that was set aside: what is missing is added
+            reopen(folder, identity, {**grid, "samples": samples})
+        sealed = prepare(folder, identity, grid)
+    sealed, samples, per_shard = distributed.broadcast_object((sealed, samples, per_shard))
+    if sealed is not None:
+        return sealed
+    lesson = replace(lesson, samples=samples, samples_per_shard=per_shard)
+    shards = ShardFolder(folder, samples, per_shard)
+    claims = shared(shards)
+    if claims.left:
+        fill(shards, claims, lesson, device)
+
+    def seal() -> Manifest:
+        for path in folder.glob("*.kit"):
+            if not shards.fits(path.name):  # the last, partial shard of another length; whole ones serve a longer run
+                path.unlink(missing_ok=True)
+        return finish(folder, identity, samples, per_shard, lesson.header)
+
+    return sealed_by_one(claims, seal, f"teach {folder.name}")
+
+
+def fill(shards: ShardFolder, claims: Claims, lesson: TeachJob, device: torch.device) -> None:
+    """Compute shards until all are there; every rank calls this.
+
+    Raises:
+        UserError: as `teach`.
+        Stopped: it was asked for.
+    """
+    folder, total = Path(shards.folder), lesson.samples
+    with heartbeat.lengthy(f"teach {folder.name}: loading models.{lesson.teacher_name}"):
+        teacher = lesson.teacher(device)
+    done, shown = max(total - len(claims.left) * lesson.samples_per_shard, 0), distributed.rank() == 0
+    try:
+        with torch.inference_mode(), Progress(f"teach {folder.name}", total, "sequences", done, shown) as progress:
+            while (number := teacher.group.task(lambda: claims.next(teacher.group.backs_up))) is not None:
+                start = number * lesson.samples_per_shard
+                samples = np.arange(start, min(start + lesson.samples_per_shard, total))
+                there = min(claims.count() * lesson.samples_per_shard, total) if shown else 0
+
+                def told(here: int, number: int = number, count: int = len(samples), there: int = there) -> bool:
+                    """Say how far this shard is; whether it is still wanted."""
+                    heartbeat.report(f"teach {folder.name}: shard {number}, {here} of {count} sequences")
+                    progress.reach(there + here)
+                    progress.advance(0)
+                    return not claims.there(number)
+
+                blocks = compute(teacher, lesson, samples, device, told)
+                if blocks is not None and teacher.group.leads:
+                    place = f"models.{lesson.teacher_name}: its targets from sample {start} on"
+                    check_bound(blocks, lesson.bound, lesson.codec, place)
+                    store(folder / shards.name(number), lesson, start, blocks)
+            progress.reach(total)
+    finally:
+        teacher.close()
+
+
+def store(path: Path, lesson: TeachJob, start: int, blocks: list[Block]) -> None:
+    """Write a shard, which another rank may be writing too.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    try:
+        write_shard(path, lesson.codec, lesson.header, start, blocks)
+    except UserError:
+        if not path.exists():  # it was written by another rank, and its sealing has tidied up here
+            raise
+
+
+def complete(folder: Path, samples: int) -> bool:
+    """Whether a sealed folder has all its shards, for so many samples or more."""
+    if not (folder / MANIFEST).exists():
+        return False
+    facts = read_manifest(folder)["facts"]
+    return (
+        facts["samples"] >= samples and not ShardFolder(folder, facts["samples"], facts["samples_per_shard"]).missing()
+    )
+
+
+def compute(
+    teacher: Teacher, lesson: TeachJob, samples: np.ndarray, device: torch.device, told: Callable[[int], bool]
+) -> list[Block] | None:
+    """The frames of the given samples, compressed in threads while the teacher goes on.
+
+    Args:
+        told: hears before every micro-batch how many samples are done, and says whether the rest is wanted.
+
+    Returns:
+        None: they are not wanted any more.
+
+    Raises:
+        UserError: the teacher's prediction is not a number, or memory is short for a single sequence.
+        Stopped: it was asked for.
+    """
+    blocks: list[Block] = []
+    waiting: deque[Future[Block]] = deque()
+    place, begin = f"models.{lesson.teacher_name}", 0
+    with ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders:
+        while begin < len(samples):
+            if not teacher.group.goes_on(told(begin)):
+                return None
+            chosen = samples[begin : begin + teacher.micro_batch.size]
+            answer = ask(teacher, lesson, chosen, device)
+            if answer is None:
+                teacher.micro_batch.failed(len(chosen), place)
+                continue
+            planes, distortion_n, view = answer
+            if teacher.group.leads:
+                waiting.append(encoders.submit(_pack, lesson, planes, distortion_n, view))
+            if len(waiting) > ENCODERS:
+                blocks.append(waiting.popleft().result())
+            begin += len(chosen)
+        blocks += [future.result() for future in waiting]
+    return blocks
+
+
+def ask(
+    teacher: Teacher, lesson: TeachJob, samples: np.ndarray, device: torch.device
+) -> tuple[Planes, np.ndarray, View] | None:
+    """What a teacher says at samples, computed at once: packed rows, what packing cost each (nats), and what
+    the teacher saw; None: memory was short.
+
+    Raises:
+        UserError: the teacher's prediction is not a number.
+    """
+    sequences, views = lesson.stream.pairs(samples)
+    view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
+    rows = np.flatnonzero(view.loss_mask_BS)
+    labels = view.labels_BS.reshape(-1)[rows]
+    draw_key = derive_key("draw", lesson.stream.seed, lesson.stream.corpus)
+    drawn = uniforms(draw_key, sequences, views, rows, view, lesson.selection)
+    arrays = (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64), drawn)
+    began = time.perf_counter()
+    try:
+        found = teacher.predict(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
+        broken = bool(torch.isnan(found.scalars["truth"]).any())
+        planes, distortion_n = on_host(found, lesson.codec), found.distortion_N.cpu().numpy()
+    except torch.OutOfMemoryError:
+        return None
+    if broken:
+        raise UserError(
+            f"models.{lesson.teacher_name}: a prediction is not a number at sample {samples[0]} of its "
+            "corpus; the teacher's weights are broken, or too large for inference.precision"
+        )
+    teacher.micro_batch.took(len(samples), time.perf_counter() - began)
+    return planes, distortion_n, view
+
+
+def on_host(found: Predictions, how: Codec) -> Planes:
+    """Predictions as they are stored."""
+    ids, values, count = (x.cpu().numpy() for x in (found.ids_NK, found.values_NK, found.count_N))
+    high = None if found.high_NK is None else found.high_NK.cpu().numpy()
+    scalars = how.store({name: x.cpu().numpy() for name, x in found.scalars.items()}, len(ids))
+    return Planes(ids.view(np.uint16), high, values, count.astype(np.uint16), scalars)
+
+
+def _pack(lesson: TeachJob, planes: Planes, distortion_n: np.ndarray, view: View) -> Block:
+    ends = np.cumsum(view.loss_mask_BS.sum(axis=1))
+    return pack_block(lesson.codec, planes, ends, lesson.viewer.digests(view), distortion_n)
+
+
+def uniforms(
+    key: int, sequences_B: np.ndarray, views_B: np.ndarray, rows_N: np.ndarray, view: View, selection: Selection
+) -> np.ndarray | None:
+    """float64 [N, draws] in [0, 1), for sampled targets: a function of the place alone, whatever the batch."""
+    if selection.kind != "sampled":
+        return None
+    which, index = np.divmod(rows_N, view.inputs_BS.shape[1])
+    places = (sequences_B[which][:, None], views_B[which][:, None], index[:, None])
+    return (counter_hash(key, *places, np.arange(selection.k)[None, :]) >> np.uint64(11)) * 2.0**-53

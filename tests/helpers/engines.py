@@ -1,0 +1,99 @@
+"""DeepSpeed engines around a tiny model, in this process as the one rank of a world of its own."""
+
+import pytest
+import torch
+
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.engine import config as engine_config
+from ki_ds.engine.engine import Engine
+from ki_ds.experiment.schema import Train
+from ki_ds.launch import distributed
+from ki_ds.models import architectures, hugging_face
+from ki_ds.models.language_model import LanguageModel
+from ki_ds.training import loop as train
+from ki_ds.training.batches import BatchLayout, MicroBatch
+
+VOCABULARY, LENGTH = 300, 16
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def world():
+    """The process group is joined once; DeepSpeed does not survive its end."""
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in names:
+            patch.delenv(name, raising=False)
+        distributed.init_distributed()
+        yield
+        for name in names:
+            patch.delenv(name, raising=False)
+
+
+def settings(**changes):
+    return Train(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0, **changes)
+
+
+def new_engine(stage, half=False, fp16=None, bucket=None, **changes):
+    """`half` for bf16, or what `fp16` holds beside "enabled"; `bucket`: elements reduced at once."""
+    zero = {"stage": stage} | ({"reduce_bucket_size": bucket} if bucket else {})
+    given = {"zero_optimization": zero} | ({"bf16": {"enabled": True}} if half else {})
+    given |= {} if fp16 is None else {"fp16": {"enabled": True, **fp16}}
+    return engine_of(given, **changes)
+
+
+def new_student(dropout=0.0):
+    config = architectures.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
+    architectures.set_dropout(config, dropout)
+    return LanguageModel(hugging_face.new_model(config, "clm", seed=1), VOCABULARY)
+
+
+def engine_of(given, dropout=0.0, layout=None, **changes):
+    """Of an engine JSON; two micro-batches a step, on one rank."""
+    layout = layout or BatchLayout(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
+    return Engine(new_student(dropout), settings(**changes), layout, given)
+
+
+def batch(step, size=2):
+    """Two micro-batches with different numbers of targets."""
+    g = torch.Generator().manual_seed(step)
+    found = []
+    for count in (5, 11):
+        ids = torch.randint(0, VOCABULARY, (size, LENGTH), generator=g)
+        rows = torch.randperm(size * LENGTH, generator=g)[:count]
+        found.append(MicroBatch(ids, rows, torch.randint(0, VOCABULARY, (count,), generator=g), None, None))
+    return found
+
+
+def course(**changes):
+    return train.TrainRun(settings(**changes), None, 1, LENGTH, {})
+
+
+def weights(one):
+    import deepspeed
+
+    parameters = list(one.deepspeed.module.parameters())
+    with deepspeed.zero.GatheredParameters(parameters, enabled=engine_config.stage(one.deepspeed.config) == 3):
+        return [p.detach().clone() for p in parameters]
+
+
+def step(one, number, poisoned=False, rate=1e-2):
+    micros = batch(number)
+    if poisoned:
+        hook = one.deepspeed.module.head.register_forward_pre_hook(lambda _m, a: (a[0] * float("nan"), *a[1:]))
+        one_sums = train.accumulate(one, micros, course(), number, torch.device("cpu"))
+        hook.remove()
+    else:
+        one_sums = train.accumulate(one, micros, course(), number, torch.device("cpu"))
+    return one_sums, *one.step(rate)
+
+
+class Loader:
+    layout = BatchLayout(4, 2, 0, 1)
+    reading_s = waited_s = 0.0
+
+    def __call__(self, number, alpha, next_alpha):
+        return batch(number)
+
+    def close(self):
+        pass

@@ -1,0 +1,167 @@
+"""Inputs of the loss for the tests of its implementations, the formula by hand, and what they are compared by."""
+
+import importlib.util
+import math
+from contextlib import contextmanager
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ki_ds.kernels import IDENTITY, LogitTransform, PackedTargets, ki_loss
+
+QUANTUM = 1 / 16
+MODES = ("renormalised", "tail", "counts")
+TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
+# arguments of `problem`: none of what a model may have beside a plain head, and all of it
+FORMS = {"plain": {}, "everything": dict(weighted=True, padding=5, logits=LogitTransform(0.6, 4.0))}
+NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on a CPU the interpreter runs them
+LEAVES = ("hidden_ND", "weight_VD", "bias_V")
+
+
+def problem(
+    rows, hidden, vocabulary, k, seed, mode="renormalised", dtype=torch.float64, bias=True,
+    weighted=False, padding=0, logits=IDENTITY, device="cpu",
+):  # fmt: skip
+    """Random inputs: some rows without a label, some without a target, some partly filled, some without a tail, some
+    without weight. What must not be read is poison: entries behind a row's count, the tail and α of rows where there
+    is nothing to weigh, the weight of rows without a label. Rows of padding would take all probability."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.zeros(rows, k, dtype=torch.int64)
+    for n in range(rows):
+        ids[n] = torch.randperm(vocabulary, generator=g)[:k].sort().values
+    count = torch.randint(0, k + 1, (rows,), generator=g, dtype=torch.int32)
+    count[::3] = k
+    count[5::6] = 0
+    behind = torch.arange(k)[None, :] >= count[:, None]
+    lowest, highest = (1, 31) if mode == "counts" else (0, 256)
+    values = torch.randint(lowest, highest, (rows, k), generator=g)
+    tail = torch.randn(rows, generator=g) * 3
+    tail = tail.masked_fill((torch.rand(rows, generator=g) < 0.3) | (count == vocabulary), -torch.inf)
+    low = (ids & 0xFFFF).to(torch.int32).masked_fill(behind, -1).to(torch.int16)
+    high = (ids >> 16).masked_fill(behind, 255).to(torch.uint8) if vocabulary > 1 << 16 else None
+    labels = torch.randint(-1, vocabulary, (rows,), generator=g)
+    labels[labels < 0] = torch.tensor([-1, -100])[torch.arange(int((labels < 0).sum())) % 2]
+    alpha = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) > 0.3)
+
+    def leaf(*shape):
+        return torch.randn(*shape, generator=g, dtype=torch.float64)
+
+    leaves = {"hidden_ND": leaf(rows, hidden), "weight_VD": leaf(vocabulary, hidden)}
+    leaves["bias_V"] = leaf(vocabulary) if bias else None
+    weights = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) > 0.25)
+    if padding:
+        leaves["weight_VD"] = torch.cat([leaves["weight_VD"], 1e3 * leaf(padding, hidden)])
+        leaves["bias_V"] = torch.cat([leaves["bias_V"], 1e4 + 1e3 * leaf(padding)]) if bias else None
+    inputs = {name: None if x is None else x.to(device, dtype).requires_grad_() for name, x in leaves.items()}
+    inputs |= dict(
+        labels_N=labels.to(device),
+        targets=PackedTargets(
+            low,
+            high,
+            values.masked_fill(behind, 255).to(torch.uint8),
+            count,
+            0.0 if mode == "counts" else QUANTUM,
+            tail.masked_fill(count == 0, torch.nan) if mode == "tail" else None,
+        ).to(device),
+        alpha_N=alpha.to(dtype).masked_fill((labels < 0) | (count == 0), torch.nan).to(device),
+    )
+    if weighted:
+        inputs["weights_N"] = weights.masked_fill(labels < 0, torch.nan).to(device)
+    return inputs | ({"vocabulary": vocabulary} if padding else {}) | ({} if logits == IDENTITY else {"logits": logits})
+
+
+def leaves(inputs):
+    return [inputs[name] for name in LEAVES if inputs[name] is not None]
+
+
+def gradients(impl, inputs, temperature, scale=1.0):
+    result = ki_loss(**inputs, temperature=temperature, impl=impl)
+    return result, torch.autograd.grad(result.loss * scale, leaves(inputs))
+
+
+def widened(inputs):
+    """The same numbers in float64."""
+    return {k: v.detach().double().requires_grad_() if k in LEAVES and v is not None else v for k, v in inputs.items()}
+
+
+def laid_out(inputs, layout):
+    """The same numbers with other strides: `transposed` storages, or every other element of something `strided`."""
+
+    def one(x):
+        if not isinstance(x, torch.Tensor) or layout == "dense":
+            return x
+        if layout == "transposed":
+            moved = x.detach().T.contiguous().T if x.ndim == 2 else x.detach().clone()
+        else:
+            moved = x.detach().repeat_interleave(2, dim=0)[::2]
+        return moved.requires_grad_(x.requires_grad)
+
+    targets = inputs["targets"]
+    if targets is not None:
+        targets = PackedTargets(**{name: one(x) for name, x in vars(targets).items()})
+    return {name: one(x) for name, x in inputs.items()} | {"targets": targets}
+
+
+@contextmanager
+def poisoned_memory():
+    """New memory holds NaN (or the largest integer), so that what nobody wrote shows."""
+    before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)  # torch fills memory in this mode only
+    try:
+        assert torch.empty(3).isnan().all()
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn)
+
+
+class Largest(TorchDispatchMode):
+    """Within it, the most bytes that a tensor coming out of any operation has."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for tensor in out if isinstance(out, (tuple, list)) else (out,):
+            if isinstance(tensor, torch.Tensor):
+                self.bytes = max(self.bytes, tensor.numel() * tensor.itemsize)
+        return out
+
+
+def quanta(value):
+    """FORMAT.md's D(v) / q."""
+    return value + 7 * max(value - 192, 0)
+
+
+def by_hand(inputs, temperature):
+    """The formula, in Python floats, row by row and entry by entry: loss, ce, kl."""
+    loss, ce_sum, kl_sum = 0.0, 0.0, 0.0
+    targets, form = inputs["targets"], inputs.get("logits", IDENTITY)
+    vocabulary = inputs.get("vocabulary", len(inputs["weight_VD"]))
+    product = (inputs["hidden_ND"] @ inputs["weight_VD"][:vocabulary].T + inputs["bias_V"][:vocabulary]).tolist()
+    for n, label in enumerate(inputs["labels_N"].tolist()):
+        if label < 0:
+            continue
+        z = [v * form.scale for v in product[n]]
+        if form.cap:
+            z = [form.cap * math.tanh(v / form.cap) for v in z]
+        row_weight = float(inputs["weights_N"][n]) if "weights_N" in inputs else 1.0
+        ce = math.log(sum(math.exp(v) for v in z)) - z[label]
+        count = int(targets.count_N[n])
+        alpha = float(inputs["alpha_N"][n]) if count else 0.0
+        values = targets.values_NK[n][:count].tolist()
+        tokens = [i & 0xFFFF for i in targets.ids_NK[n][:count].tolist()]
+        total = sum(math.exp(v / temperature) for v in z)
+        outcomes = [math.exp(z[i] / temperature) / total for i in tokens]
+        weights = (
+            values if targets.quantum == 0 else [math.exp(-targets.quantum * quanta(v) / temperature) for v in values]
+        )
+        if targets.tail_N is not None and count and float(targets.tail_N[n]) > -math.inf:
+            outcomes.append(sum(math.exp(v / temperature) for i, v in enumerate(z) if i not in tokens) / total)
+            weights.append(math.exp(float(targets.tail_N[n])))
+        kl = sum(w / sum(weights) * math.log(w / sum(weights) / q) for w, q in zip(weights, outcomes, strict=True) if w)
+        loss += row_weight * ((1 - alpha) * ce + alpha * temperature**2 * kl)
+        ce_sum += row_weight * ce
+        kl_sum += row_weight * kl if alpha > 0 else 0
+    return loss, ce_sum, kl_sum

@@ -1,0 +1,391 @@
+"""From hidden states to packed predictions: every implementation against float64, bit for bit where logits are exact.
+
+Most hidden states and heads hold small integers, so that a product is exact in every type, and full of ties.
+"""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.loss_problems import DEVICE, NEEDS_TRITON
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ki_ds.kernels import IDENTITY, LogitTransform
+from ki_ds.kernels.select import eager as select
+from ki_ds.kernels.select.eager import Selected, draw, pack, select_targets
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.selection import Selection, scalar_names
+
+# the interpreter computes in numpy, which warns of what stays behind a mask
+pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+IMPLS = [("reference", "cpu"), ("chunked", "cpu"), pytest.param("triton", DEVICE, marks=NEEDS_TRITON)]
+EVERY = pytest.mark.parametrize(("impl", "device"), IMPLS)
+HALVES = (torch.float16, torch.bfloat16, torch.float32)
+TEMPERATURES = (1.0, 2.0, 3.0)
+QUANTUM = 1 / 16
+INF, NAN = math.inf, math.nan
+
+
+def integers(rows, hidden, vocabulary, seed, dtype=torch.float32, bias=True):
+    """Arguments of `select_targets` as far as the labels."""
+    g = torch.Generator().manual_seed(seed)
+    states, weight = (torch.randint(-2, 3, (n, hidden), generator=g).to(dtype) for n in (rows, vocabulary))
+    offset = torch.randint(-3, 4, (vocabulary,), generator=g).to(dtype) if bias else None
+    return states, weight, offset, torch.randint(0, vocabulary, (rows,), generator=g)
+
+
+def constant(row, rows=1, dtype=torch.float32, label=0):
+    """A model that predicts these logits whatever it sees."""
+    offset = torch.as_tensor(row, dtype=dtype)
+    return (
+        torch.zeros(rows, 1, dtype=dtype),
+        torch.zeros(len(offset), 1, dtype=dtype),
+        offset,
+        torch.full((rows,), label),
+    )
+
+
+def run(impl, device, arguments, selection, quantum=QUANTUM, temperatures=TEMPERATURES, **more):
+    """`select_targets` on a device, its results back on the host."""
+    given = [None if x is None else x.to(device) for x in arguments]
+    more = {name: x.to(device) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+    found = select_targets(*given, selection, quantum, temperatures, impl=impl, **more)
+    high = None if found.high_NK is None else found.high_NK.cpu()
+    scalars = {name: x.cpu() for name, x in found.scalars.items()}
+    rest = (x.cpu() for x in (found.values_NK, found.count_N))
+    return select.Predictions(found.ids_NK.cpu(), high, *rest, scalars, found.distortion_N.cpu())
+
+
+def equal(one, two):
+    """Bit for bit."""
+    planes = ("ids_NK", "high_NK", "values_NK", "count_N", "distortion_N")
+    for name in planes:
+        a, b = getattr(one, name), getattr(two, name)
+        assert (a is None and b is None) or torch.equal(a, b), name
+    assert tuple(one.scalars) == tuple(two.scalars)
+    assert all(torch.equal(one.scalars[name].nan_to_num(7), two.scalars[name].nan_to_num(7)) for name in one.scalars)
+
+
+def product(arguments, logits=IDENTITY):
+    """Logits in float64."""
+    states, weight, offset, _ = (None if x is None else x.double() for x in arguments)
+    return logits.of(torch.nn.functional.linear(states, weight, offset))
+
+
+def naive(logits, labels, selection, temperatures):
+    """By sorting, in float64: ids [N, K], log-probabilities less the first's, -inf where none is kept, and scalars."""
+    rows, vocabulary = logits.shape
+    k = min(selection.k, vocabulary)
+    ids, given = np.zeros((rows, k), np.int64), np.full((rows, k), -INF)
+    names = scalar_names(selection, temperatures)
+    scalars = {name: np.zeros(rows) for name in names}
+    for n, row in enumerate(logits.numpy()):
+        order = np.lexsort((np.arange(vocabulary), -row))
+        below = row[order] - row[order[0]]
+        mass = np.exp(below) / np.exp(below).sum()
+        end = (
+            k if selection.kind == "top_k" or selection.p >= 1 else min(k, 1 + int((mass.cumsum() < selection.p).sum()))
+        )
+        ids[n], given[n, :end] = order[:k], below[:end]
+        with np.errstate(divide="ignore"):
+            for name in names[2:]:
+                scalars[name][n] = np.log(np.exp(below[end:] / float(name[5:])).sum())
+        scalars["first"][n] = np.log(mass[0])
+        scalars["truth"][n] = scalars["first"][n] + row[labels[n]] - row[order[0]]
+    return ids, given, scalars
+
+
+def agrees(found, logits, labels, selection, quantum=QUANTUM, temperatures=TEMPERATURES, step=0):
+    """Planes exactly as the codec packs the naive choice, values up to a step; scalars and distortion nearly."""
+    ids, given, scalars = naive(logits, labels, selection, temperatures)
+    how = Codec(logits.shape[1], ids.shape[1], quantum, scalars=tuple(scalars))
+    planes, lost = how.pack(ids, given, scalars)
+    np.testing.assert_array_equal(found.count_N.numpy(), planes.count_n)
+    np.testing.assert_array_equal(found.ids_NK.numpy().view(np.uint16), planes.ids_nK)
+    assert (found.high_NK is None) == (planes.high_nK is None)
+    if planes.high_nK is not None:
+        np.testing.assert_array_equal(found.high_NK.numpy(), planes.high_nK)
+    assert np.abs(found.values_NK.numpy().astype(int) - planes.values_nK).max(initial=0) <= step
+    assert tuple(found.scalars) == tuple(scalars)
+    for name, expected in scalars.items():
+        np.testing.assert_allclose(found.scalars[name].numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=name)
+    if not step:
+        np.testing.assert_allclose(found.distortion_N.numpy(), lost, rtol=1e-4, atol=1e-7)
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles a row, and a list that soon overflows, in small problems."""
+    if DEVICE == "cuda" or NEEDS_TRITON.args[0]:
+        return
+    from ki_ds.kernels.select import triton_select
+
+    monkeypatch.setattr(triton_select, "LANES", 32)
+    monkeypatch.setattr(triton_select, "TILE", 64)
+    monkeypatch.setattr(triton_select, "LISTED", 16)
+
+
+# ----------------------------------------------------------------------------------------------- against the definition
+
+
+@st.composite
+def cases(draw):
+    """Arguments, selection, padding and form of the logits."""
+    vocabulary, dtype = draw(st.integers(1, 150)), draw(st.sampled_from(HALVES))
+    arguments = integers(draw(st.integers(0, 3)), 3, vocabulary, draw(st.integers(0, 999)), dtype, draw(st.booleans()))
+    kind, k = draw(st.sampled_from(["top_k", "top_p"])), draw(st.integers(1, 8) | st.integers(1, vocabulary))
+    return (
+        arguments,
+        Selection(kind, min(k, vocabulary), draw(st.sampled_from([0.30001, 0.90001, 1.0]))),
+        draw(st.sampled_from([IDENTITY, LogitTransform(0.5), LogitTransform(0.5, 4.0)])),
+    )
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+def test_random_problems(impl, device):
+    @settings(max_examples=12 if device == "cpu" and impl == "triton" else 150, deadline=None)
+    @given(cases())
+    def check(case):
+        arguments, selection, logits = case
+        found = run(impl, device, arguments, selection, logits=logits)
+        # tanh in float32 moves a logit, and a row's mass over the edge of a nucleus, a little
+        if logits.cap and selection.kind == "top_p":
+            selection = Selection("top_k", selection.k)
+            found = run(impl, device, arguments, selection, logits=logits)
+        agrees(found, product(arguments, logits), arguments[3], selection, step=1 if logits.cap else 0)
+
+    check()
+
+
+@EVERY
+@pytest.mark.parametrize("dtype", HALVES)
+def test_gaussian_logits_at_full_tiles(impl, device, dtype):
+    g = torch.Generator().manual_seed(1)
+    arguments = [torch.randn(2, 8, generator=g), torch.randn(9000, 8, generator=g), torch.randn(9000, generator=g)]
+    arguments = [x.to(dtype) for x in arguments] + [torch.tensor([0, 8999])]
+    found = run(impl, device, arguments, Selection("top_k", 100))
+    exact = torch.nn.functional.linear(*(x.to(device) for x in arguments[:3])).cpu().double()  # rounded to the type
+    agrees(found, exact, arguments[3], Selection("top_k", 100), step=1)
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["top_k", "top_p"])
+@pytest.mark.parametrize("k", [1, 31, 33, 100])
+def test_k_from_one_to_the_vocabulary(impl, device, kind, k):
+    arguments, selection = integers(2, 3, 100, 2), Selection(kind, k, 0.95001)
+    agrees(run(impl, device, arguments, selection), product(arguments), arguments[3], selection)
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+def test_all_logits_equal(impl, device):
+    """More ties than a list holds: the lowest ids win."""
+    found = run(impl, device, constant([2.5] * 500), Selection("top_k", 7))
+    assert found.ids_NK.tolist() == [[0, 1, 2, 3, 4, 5, 6]] and not found.values_NK.any()
+    assert found.scalars["tail@2"].item() == pytest.approx(math.log(493), abs=1e-5)
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+def test_most_probable_ids_all_in_one_lane(impl, device):
+    """Which overflows a list of 16, so that the row is searched whole."""
+    g = torch.Generator().manual_seed(3)
+    row = torch.randint(-8, 0, (640,), generator=g).float()
+    row[::32] = torch.randint(0, 9, (20,), generator=g).float()
+    arguments, selection = constant(row), Selection("top_k", 3)
+    agrees(run(impl, device, arguments, selection), product(arguments), arguments[3], selection)
+
+
+@EVERY
+def test_zeros_of_both_signs_tie(impl, device):
+    arguments = constant([-1.0, 0.0, -0.0, 0.0, -0.0])
+    assert run(impl, device, arguments, Selection("top_k", 3)).ids_NK.tolist() == [[1, 2, 3]]
+
+
+@EVERY
+@pytest.mark.parametrize("vocabulary", [65_536, 65_537])
+def test_ids_of_more_than_16_bits(impl, device, vocabulary):
+    row = torch.zeros(vocabulary)
+    top = [1, 255, 256, 32_770, 65_533, 65_534, vocabulary - 1]
+    row[top] = torch.arange(1.0, 8.0)
+    arguments, selection = constant(row, label=vocabulary - 1), Selection("top_k", 7)
+    agrees(run(impl, device, arguments, selection), product(arguments), arguments[3], selection)
+
+
+@EVERY
+@pytest.mark.parametrize("logits", [LogitTransform(0.5), LogitTransform(2.0, 5.0)])
+def test_padding_of_the_head_is_not_seen(impl, device, logits):
+    states, weight, offset, labels = integers(2, 3, 40, 5)
+    padded = (states, torch.cat([weight, torch.full((9, 3), 50.0)]), torch.cat([offset, torch.full((9,), INF)]), labels)
+    one = run(impl, device, (states, weight, offset, labels), Selection("top_k", 6), logits=logits)
+    equal(run(impl, device, padded, Selection("top_k", 6), logits=logits, vocabulary=40), one)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "sampled"])
+def test_strides_do_not_matter(impl, device, kind):
+    arguments, selection = integers(3, 4, 50, 6), Selection(kind, 6, 0.8)
+    how = dict(quantum=0.0 if kind == "sampled" else QUANTUM, uniforms_NK=uniforms(3, 6) if kind == "sampled" else None)
+    states, weight = (x.t().contiguous().t() for x in arguments[:2])
+    given = (states.repeat_interleave(2, 0)[::2], weight.repeat_interleave(3, 1)[:, ::3], *arguments[2:])
+    equal(run(impl, device, given, selection, **how), run(impl, device, arguments, selection, **how))
+
+
+# ------------------------------------------------------------------------------------------- what is not a plain number
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("possible", [[7], [3, 40, 99], list(range(30, 42))])
+def test_impossible_ids_are_not_kept(impl, device, possible):
+    row = torch.full((100,), -INF)
+    row[possible] = torch.arange(len(possible)).float()
+    for kind in ("top_k", "top_p"):
+        found = run(impl, device, constant(row, label=possible[0]), Selection(kind, 10, 1.0))
+        held = min(len(possible), 10)
+        assert found.count_N.tolist() == [held] and found.ids_NK[0, :held].tolist() == possible[-held:]
+        assert not found.ids_NK[0, held:].any() and not found.values_NK[0, held:].any()
+        rest = sum(math.exp(i - len(possible) + 1) for i in range(len(possible) - held))
+        assert found.scalars["tail@1"].item() == pytest.approx(math.log(rest) if rest else -INF, abs=1e-5)
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize(
+    "row", [[1.0, NAN, 2.0] * 20, [NAN] * 60, [-INF] * 60, [1.0, -NAN] + [2.0] * 58, [INF, 0.0] * 30]
+)
+def test_what_is_not_finite_says_so(impl, device, row):
+    """No scalar of the row is finite; nothing is read or written elsewhere, and the ids are ids."""
+    for kind in ("top_k", "top_p", "sampled"):
+        how = dict(quantum=0.0, uniforms_NK=uniforms(2, 4)) if kind == "sampled" else {}
+        found = run(impl, device, constant(row, 2, label=1), Selection(kind, 4, 0.9), **how)
+        assert not torch.isfinite(found.scalars["truth"]).any()
+        assert (found.ids_NK >= 0).all() and (found.ids_NK < 60).all() and (found.count_N <= 4).all()
+
+
+@EVERY
+@pytest.mark.parametrize("label", [-1, -100, 40, 1 << 40])
+def test_label_outside_the_vocabulary(impl, device, label):
+    arguments = integers(2, 3, 40, 7)
+    one = run(impl, device, arguments, Selection("top_k", 5))
+    arguments[3][1] = label
+    two = run(impl, device, arguments, Selection("top_k", 5))
+    assert torch.isnan(two.scalars["truth"]).tolist() == [False, True]
+    two.scalars["truth"][1] = one.scalars["truth"][1]
+    equal(one, two)
+
+
+@EVERY
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "sampled"])
+def test_no_rows(impl, device, kind):
+    how = dict(quantum=0.0, uniforms_NK=uniforms(0, 5)) if kind == "sampled" else {}
+    found = run(impl, device, integers(0, 3, 20, 8), Selection(kind, 5, 0.9), **how)
+    assert found.ids_NK.shape == found.values_NK.shape == (0, 5) and found.count_N.shape == (0,)
+    assert set(found.scalars) == set(scalar_names(Selection(kind, 5), TEMPERATURES))
+
+
+# --------------------------------------------------------------------------------------------------- how it is computed
+
+
+def uniforms(rows, draws, seed=0):
+    return torch.rand(rows, draws, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+@pytest.mark.parametrize("kind", ["top_k", "top_p", "sampled"])
+def test_chunks_decide_nothing_and_scratch_is_written_before_it_is_read(impl, device, kind, monkeypatch):
+    arguments, selection = integers(5, 3, 90, 9, bias=False), Selection(kind, 9, 0.9)
+    how = dict(quantum=0.0 if kind == "sampled" else QUANTUM, uniforms_NK=uniforms(5, 9) if kind == "sampled" else None)
+    whole = run(impl, device, arguments, selection, **how)
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self, *shape, **more):
+        made = new_empty(self, *shape, **more)
+        return made.fill_(NAN if made.is_floating_point() else torch.iinfo(made.dtype).max)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
+    monkeypatch.setattr(select, "LOGIT_BYTES", dict.fromkeys(select.LOGIT_BYTES, 2 * 90 * 4))
+    monkeypatch.setattr(select, "CACHED_BYTES", 90 * 4)
+    equal(run(impl, device, arguments, selection, **how), whole)
+
+
+@EVERY
+def test_inputs_unchanged_and_no_graph(impl, device):
+    arguments = [x.to(device) for x in integers(2, 3, 30, 10)]
+    before = [x.clone() for x in arguments]
+    arguments[1].requires_grad_()
+    with torch.autocast(device, torch.bfloat16):
+        found = select_targets(*arguments, Selection("top_k", 5), QUANTUM, impl=impl)
+    assert all(torch.equal(x, y) for x, y in zip(arguments, before, strict=True))
+    assert not any(x.requires_grad for x in (found.distortion_N, *found.scalars.values()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    seed=st.integers(0, 999), k=st.integers(1, 40), scale=st.sampled_from([0.3, 3.0, 30.0, 300.0]),
+    quantum=st.sampled_from([1 / 1024, 1 / 16, 61 / 1024, 1.0]), left_out=st.booleans(), wide=st.booleans(),
+    temperatures=st.sampled_from([(1.0,), (1.0, 2.0), (0.5, 1.0, 3.0)]),
+)  # fmt: skip
+def test_packs_what_the_codec_packs(seed, k, scale, quantum, left_out, wide, temperatures):
+    g = torch.Generator().manual_seed(seed)
+    given_NK = -scale * torch.rand(6, k, generator=g)
+    if left_out:
+        given_NK[torch.rand(6, k, generator=g) < 0.3] = -INF
+        given_NK[0] = -INF
+    given_NK -= given_NK.amax(1, keepdim=True).nan_to_num(neginf=0)
+    vocabulary = 70_000 if wide else 60_000
+    ids = torch.stack([torch.randperm(vocabulary, generator=g)[:k] for _ in range(6)])
+    names = ("first", *(f"tail@{t:.12g}" for t in temperatures))
+    how = Codec(vocabulary, k, quantum, scalars=names)
+    planes, lost = how.pack(ids.numpy(), given_NK.numpy(), dict.fromkeys(names, np.zeros(6)))
+    found = pack(Selected(ids, given_NK, {}), k, quantum, temperatures, wide)
+    np.testing.assert_array_equal(found.ids_NK.numpy().view(np.uint16), planes.ids_nK)
+    np.testing.assert_array_equal(found.values_NK.numpy(), planes.values_nK)
+    np.testing.assert_array_equal(found.count_N.numpy(), planes.count_n)
+    assert found.high_NK is None if not wide else (found.high_NK.numpy() == planes.high_nK).all()
+    np.testing.assert_allclose(found.distortion_N.numpy(), lost, rtol=1e-4, atol=3e-7)
+
+
+@EVERY
+def test_draws_through_the_planes(impl, device):
+    arguments, u = integers(4, 3, 20, 12), uniforms(4, 50)
+    found = run(impl, device, arguments, Selection("sampled", 50, temperature=2.0), 0.0, uniforms_NK=u)
+    ids, counts = draw(product(arguments).float(), u, 2.0)
+    assert found.ids_NK.shape == (4, 20) and (found.count_N == (counts > 0).sum(1)).all()  # no row has more than V
+    assert torch.equal(found.ids_NK.long(), ids[:, :20]) and torch.equal(found.values_NK.long(), counts[:, :20])
+    assert tuple(found.scalars) == ("truth",) and not found.distortion_N.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"labels_N": torch.zeros(3, dtype=torch.int64)}, "labels has 3 rows"),
+        ({"weight_VD": torch.zeros(30, 5)}, "hidden size 3"),
+        ({"quantum": 0.0}, "a quantum of 0.0 nats for top_k"),
+        ({"selection": Selection("top_k", 0)}, "k = 0"),
+        ({"selection": Selection("sampled", 9)}, "a quantum of .* nats for sampled: expected 0"),
+        ({"selection": Selection("sampled", 256), "quantum": 0.0}, "at most 255 draws"),
+        ({"selection": Selection("sampled", 9), "quantum": 0.0}, r"uniforms of shape \(2, 9\)"),
+        ({"vocabulary": 31}, "a vocabulary of 31"),
+        ({"logits": LogitTransform(-1.0)}, "a finite scale above 0"),
+        ({"impl": "trition"}, "impl='trition'"),
+        ({"selection": Selection("top-k", 9)}, "'top-k'; expected top_k, top_p or sampled"),
+        ({"temperatures": (2.0, 0.0)}, "expected finite ones above 0"),
+        ({"weight_VD": torch.zeros(30, 3).half()}, "weight is torch.float16 .* expected torch.float32"),
+        ({"bias_V": torch.zeros(29)}, r"bias is torch.float32 of shape \(29,\); .* \(30,\)"),
+        (
+            {"selection": Selection("sampled", 9), "quantum": 0.0, "uniforms_NK": torch.zeros(2, 9)},
+            r"float64 uniforms of shape \(2, 9\)",
+        ),
+    ],
+)
+def test_impossible_arguments_are_refused(change, message):
+    names = ("hidden_ND", "weight_VD", "bias_V", "labels_N")
+    given = dict(zip(names, integers(2, 3, 30, 13), strict=True), selection=Selection("top_k", 5), quantum=QUANTUM)
+    with pytest.raises(ValueError, match=message):
+        select_targets(**(given | change))

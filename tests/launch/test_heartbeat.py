@@ -1,0 +1,189 @@
+"""Signs of life: who is blamed for a run that stands still, and how ranks end that nobody watches any more."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from ki_ds.launch.monitor import Monitor
+from ki_ds.launch.records import RECORD_BYTES, read_record, write_record
+
+LIMIT = 10.0
+
+
+@pytest.fixture
+def monitor(tmp_path, monkeypatch):
+    """A monitor of three ranks, with a clock that the test moves."""
+    now = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    found = Monitor(tmp_path, 3, LIMIT)
+    found.clock = now
+    return found
+
+
+def beats(monitor, **ranks):
+    """Let time pass in which the ranks give the signs of life described by (beat, progress, waiting)."""
+    for name, (beat, progress, waiting) in ranks.items():
+        rank = int(name.removeprefix("r"))
+        record = {"host": f"host{rank}", "process": 7, "beat": beat, "progress": progress, "waiting": waiting}
+        write_record(monitor.folder / f"rank-{rank:05d}.json", {**record, "doing": f"step {progress}"})
+    said = monitor.look()
+    monitor.clock[0] += LIMIT * 0.6
+    return said
+
+
+def test_all_is_well_while_all_get_on(monitor):
+    for n in range(6):
+        assert beats(monitor, r0=(n, n, False), r1=(n, n, False), r2=(n, n, True)) == ""
+
+
+def test_rank_without_a_beat_is_blamed_and_those_that_wait_for_it_are_not(monitor):
+    beats(monitor, r0=(0, 5, False), r1=(0, 5, False), r2=(0, 5, False))
+    for n in (1, 2):
+        said = beats(monitor, r0=(n, 6, True), r1=(n, 6, True))
+    assert said == "rank 2 (host host2, process 7): no sign of life for 10s; last: step 5"
+
+
+def test_rank_that_lives_but_hangs_is_blamed_before_those_that_wait(monitor):
+    beats(monitor, r0=(0, 5, False), r1=(0, 5, False), r2=(0, 5, False))
+    for n in (1, 2):
+        said = beats(monitor, r0=(n, 5, True), r1=(n, 5, False), r2=(n, 5, True))
+    assert said == "rank 1 (host host1, process 7): no progress for 10s; last: step 5"
+
+
+def test_those_furthest_behind_are_blamed_where_none_says_that_it_waits(monitor):
+    beats(monitor, r0=(0, 5, False), r1=(0, 4, False), r2=(0, 5, False))
+    for n in (1, 2):
+        said = beats(monitor, r0=(n, 5, False), r1=(n, 4, False), r2=(n, 5, False))
+    assert said.startswith("rank 1 (host host1") and "rank 0" not in said
+
+
+def test_waiting_for_one_that_gets_on_is_no_fault(monitor):
+    for n in range(6):
+        assert beats(monitor, r0=(n, 1, True), r1=(n, n, False), r2=(n, 1, True)) == ""
+
+
+def test_all_waiting_for_each_other_are_blamed(monitor):
+    for n in range(3):
+        said = beats(monitor, r0=(n, 1, True), r1=(n, 1, True), r2=(n, 1, True))
+    assert said.count("no progress") == 3
+
+
+def test_rank_that_never_appears(monitor):
+    for n in range(3):
+        said = beats(monitor, r0=(n, n, False), r1=(n, n, False))
+    assert said == "rank 2: did not appear within 10s"
+
+
+def test_rank_that_has_ended_is_not_missed(monitor):
+    for rank in (0, 1, 2):
+        write_record(monitor.folder / f"rank-{rank:05d}.json", {"beat": 1, "ended": "done"})
+    for _ in range(3):
+        assert beats(monitor) == ""
+    assert monitor.ended() == {"done"}
+    assert monitor.living() == []
+
+
+def test_record_that_is_being_written_is_read_later(monitor):
+    beats(monitor, r0=(0, 0, False), r1=(0, 0, False), r2=(0, 0, False))
+    (monitor.folder / "rank-00001.json").write_bytes(b'{"beat": 1, "pro')
+    assert read_record(monitor.folder / "rank-00001.json") is None
+    assert beats(monitor, r0=(1, 1, False), r2=(1, 1, False)) == ""
+
+
+def test_records_have_one_size_and_writing_them_never_fails(tmp_path):
+    path = tmp_path / "rank-00000.json"
+    for text in ("a" * 300, "b"):
+        write_record(path, {"doing": text})
+        assert path.stat().st_size == RECORD_BYTES
+        assert read_record(path) == {"doing": text}
+    write_record(tmp_path / "nowhere" / "rank-00000.json", {"doing": "nothing"})
+
+
+RANK = """
+import sys, time
+from pathlib import Path
+from ki_ds import heartbeat
+heartbeat.start(Path(sys.argv[1]), int(sys.argv[2]), 2, 4.0, watched=sys.argv[3] == "watched")
+while True:
+    heartbeat.report("work")
+    if heartbeat.asked_to_stop():
+        heartbeat.end("stopped")
+        sys.exit(heartbeat.REQUEUE)
+    time.sleep(0.1)
+"""
+
+
+@contextlib.contextmanager
+def ranks(folder, watched):
+    """Two ranks that have begun to work; nothing is left of them."""
+    found = [
+        subprocess.Popen(
+            [sys.executable, "-c", RANK, str(folder), str(rank), watched], stderr=subprocess.PIPE, text=True
+        )
+        for rank in (0, 1)
+    ]
+    limit = time.monotonic() + 60
+    while not all((read_record(folder / f"rank-0000{n}.json") or {}).get("doing") == "work" for n in (0, 1)):
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+    try:
+        yield found
+    finally:
+        for one in found:
+            one.kill()
+            one.communicate()
+
+
+def test_rank_0_watches_where_nobody_else_does(tmp_path):
+    with ranks(tmp_path, "alone") as (first, second):
+        os.kill(second.pid, signal.SIGSTOP)
+        assert first.wait(60) == 1
+        assert f"process {second.pid}): no sign of life for 4s; last: work; this run stops" in first.stderr.read()
+        os.kill(second.pid, signal.SIGCONT)
+        assert second.wait(60) == 1
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_one(tmp_path):
+    """A word to stop, a rank that had been asked to save."""
+    write_record(tmp_path / "word.json", {"beat": 9, "say": "stop"})
+    with ranks(tmp_path, "alone") as both:
+        for one in both:
+            one.kill()
+            one.wait()
+    write_record(tmp_path / "rank-00001.json", {"beat": 3, "asked": True, "ended": "stopped"})
+    write_record(tmp_path / "word.json", {"beat": 9, "say": "stop"})
+    with ranks(tmp_path, "alone") as both:
+        time.sleep(3)
+        assert [one.poll() for one in both] == [None, None]
+
+
+def test_ranks_do_as_they_are_told_and_end_when_they_hear_nothing(tmp_path):
+    monitor = Monitor(tmp_path, 2, 4.0)
+    for word, code in (("save", 75), ("stop", 1), ("", 1)):
+        folder = tmp_path / (word or "nothing")
+        monitor.folder = folder
+        with ranks(folder, "watched") as both:
+            for _ in range(4):
+                monitor.say("run")
+                time.sleep(0.2)
+            if word:
+                monitor.say(word)
+            assert [one.wait(60) for one in both] == [code, code]
+            assert ("nothing heard for 4s" in both[0].stderr.read()) == (word == "")
+
+
+def test_second_signal_ends_at_once(tmp_path):
+    slow = RANK.replace("if heartbeat.asked_to_stop():", "if False:")
+    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path), "0", "alone"])
+    while not (tmp_path / "word.json").exists():
+        time.sleep(0.05)
+    for _ in range(2):
+        assert process.poll() is None
+        process.send_signal(signal.SIGUSR1)
+        time.sleep(0.5)
+    assert process.wait(20) == 128 + signal.SIGUSR1

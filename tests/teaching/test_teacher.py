@@ -1,0 +1,233 @@
+"""How teachers are run: what is refused, micro-batches found by trial, and half precision."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from helpers.teaching import made, opened
+
+from ki_ds.errors import UserError
+from ki_ds.experiment.graph import Stage
+from ki_ds.experiment.schema import Inference
+from ki_ds.launch import heartbeat
+from ki_ds.stages import pipeline
+from ki_ds.stages.worker import lesson
+from ki_ds.teaching import job as teach
+from ki_ds.teaching import teacher as inference
+from ki_ds.teaching.parallel import Replicated
+from ki_ds.teaching.teacher import MICRO_BATCH, MicroBatch, Teacher, check_config
+
+ZERO3 = {"zero_optimization": {"stage": 3}}
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("inference"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory):
+    return made(tmp_path_factory.mktemp("llama"), "llama", sizes={"num_key_value_heads": 2})
+
+
+def asked(file, *settings):
+    """The lesson of the experiment's teacher."""
+    space = opened(file, file.parent / "work", *settings)
+    stage = Stage("teach", "t@a")
+    return lesson(stage, space, space.identity(stage))
+
+
+# ------------------------------------------------------------------------------------------------------ refusals
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["inference.tensor_parallel=3"], "inference.tensor_parallel: 3 does not divide the 4 processes"),
+        (
+            ["inference.tensor_parallel=2"],
+            "models.t: DeepSpeed cannot cut a gpt2 model for inference",
+        ),
+        (["inference.engine=nowhere.json"], "inference.engine: there is no nowhere.json"),
+        (["inference.engine=ds_configs/engine/zero1_fp32.json"], "zero_optimization.stage: found 1; expected 3"),
+    ],
+)
+def test_what_cannot_run_is_refused_before_anything_runs(file, settings, words):
+    with pytest.raises(UserError, match=words):
+        pipeline.preflight(opened(file, file.parent / "elsewhere", *settings), 4, ("teach",))
+
+
+def test_heads_that_cannot_be_shared_out_are_refused(llama):
+    with pytest.raises(UserError, match=r"num_attention_heads is 2; expected inference.tensor_parallel 4 to divide it"):
+        pipeline.preflight(opened(llama, llama.parent / "elsewhere", "inference.tensor_parallel=4"), 4, ("teach",))
+    pipeline.preflight(opened(llama, llama.parent / "elsewhere", "inference.tensor_parallel=2"), 4, ("teach",))
+
+
+def test_precision_that_the_machine_lacks_is_refused_with_those_that_it_has(file, monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float32, torch.bfloat16])
+    space = opened(file, file.parent / "elsewhere", "inference.precision=fp16")
+    with pytest.raises(UserError, match=r'inference.precision: .* cannot compute in "fp16"; expected bf16 or fp32'):
+        pipeline.preflight(space, 1)
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({}, "stage: found null; expected 3"),
+        ({"zero_optimization": {"stage": 2}}, "stage: found 2; expected 3"),
+        ({**ZERO3, "bf16": {"enabled": True}}, "bf16: inference.precision says this"),
+        ({**ZERO3, "optimizer": {}}, "optimizer: not a key for inference"),
+        ({"zero_optimization": {"stage": 3, "offload_optimizer": {}}}, "inference has no optimizer"),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "tape"}}}, 'expected an object with "device"'),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}, 'needs "nvme_path"'),
+        ({"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/"}}}, "rounds .* bf16"),
+    ],
+)  # fmt: skip
+def test_engine_json_that_is_not_for_inference_is_refused(config, words):
+    with pytest.raises(UserError, match=words):
+        check_config(config, "z.json", "fp32")
+
+
+def test_engine_json_for_inference_is_taken():
+    for offload in ({"device": "cpu"}, {"device": "none"}, {"device": "nvme", "nvme_path": "/x"}):
+        check_config({"zero_optimization": {"stage": 3, "offload_param": offload}}, "z.json", "bf16")
+    with pytest.raises(ValueError, match=r'"engine" .*or "tensor_parallel" above 1, not both'):
+        Inference.model_validate({"engine": ZERO3, "tensor_parallel": 2})
+
+
+def test_only_another_precision_makes_other_targets(file):
+    stage, work = Stage("teach", "t@a"), file.parent / "work"
+    plain = opened(file, work).identity(stage)
+    assert "precision" not in plain.config
+    assert opened(file, work, "inference.tensor_parallel=2", "inference.micro_batch_size=3").identity(stage) == plain
+    assert opened(file, work, "inference.precision=bf16").identity(stage).config["precision"] == "bf16"
+
+
+# -------------------------------------------------------------------------------------------------- micro-batches
+
+
+class Short:
+    """A teacher that has memory for so many sequences, and takes its time for them."""
+
+    def __init__(self, predict, most):
+        self.predict, self.most, self.sizes = predict, most, []
+
+    def __call__(self, ids_BS, *rest):
+        self.sizes.append(len(ids_BS))
+        if len(ids_BS) > self.most:
+            raise torch.OutOfMemoryError("short")
+        return self.predict(ids_BS, *rest)
+
+
+@pytest.fixture(scope="module")
+def real(file):
+    """The lesson, and its teacher."""
+    found = asked(file)
+    return found, found.teacher(CPU)
+
+
+def frames(blocks):
+    return [frame for block in blocks for frame in block.frames]
+
+
+def computed(real, most, micro_batch, samples=100):
+    short = Short(real[1].predict, most)
+    teacher = Teacher(short, Replicated(), micro_batch, lambda: None)
+    told = []
+    blocks = teach.compute(teacher, real[0], np.arange(samples), CPU, lambda here: told.append(here) or True)
+    assert sum(len(block.index) for block in blocks) == samples
+    return short.sizes, frames(blocks), told
+
+
+def test_memory_that_runs_short_halves_the_micro_batch_and_loses_nothing(real):
+    sizes, found, told = computed(real, 5, MicroBatch(16, False, True))
+    assert sizes[:4] == [16, 8, 4, 4] and set(sizes[2:]) == {4}
+    assert told[:4] == [0, 0, 0, 4] and told[-1] == 96
+    assert found == computed(real, 100, MicroBatch(4, False, True))[1]
+
+
+def test_last_short_micro_batch_is_halved_too(real):
+    micro_batch = MicroBatch(16, False, True)
+    sizes, _, _ = computed(real, 2, micro_batch, 3)
+    assert sizes == [3, 1, 1, 1] and micro_batch.size == 1
+
+
+def test_memory_too_short_for_one_sequence_names_the_remedies(real):
+    with pytest.raises(UserError, match=r"models.t: memory was short for a single.*bf16.*tensor_parallel.*ZeRO"):
+        computed(real, 0, MicroBatch(16, True, True))
+
+
+def test_ranks_that_compute_together_do_not_halve(real):
+    with pytest.raises(UserError, match=r"short for 16 sequences at once. Expected a smaller inference"):
+        computed(real, 10, MicroBatch(16, False, False))
+
+
+def test_micro_batch_grows_until_memory_is_short(real, monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr(teach.time, "perf_counter", lambda: float(next(clock)))  # any size takes one second
+    sizes, _, _ = computed(real, 100, MicroBatch(16, True, True), 600)
+    assert sizes == [16, 16, 32, 32, 64, 64, 128, *[64] * 5, 56]
+
+
+def test_micro_batch_stops_growing_where_it_does_not_pay():
+    micro_batch, tried = MicroBatch(16, True, True), []
+    while micro_batch.growing:
+        tried.append(micro_batch.size)
+        first = len(tried) % 2 == 1
+        micro_batch.took(micro_batch.size, 1.0 + 9.0 * first if micro_batch.size <= 64 else micro_batch.size / 64)
+    assert tried == [16, 16, 32, 32, 64, 64, 128, 128] and micro_batch.size == 64
+    micro_batch.took(64, 0.01)
+    assert micro_batch.size == 64
+
+
+def test_shorter_micro_batches_say_nothing_about_the_size():
+    micro_batch = MicroBatch(16, True, True)
+    for _ in range(5):
+        micro_batch.took(7, 1.0)
+    assert micro_batch.size == 16
+
+
+def test_on_a_cpu_the_size_is_fixed(file, real):
+    micro_batch = real[1].micro_batch
+    assert (micro_batch.size, micro_batch.growing, micro_batch.halving) == (MICRO_BATCH, False, True)
+    assert asked(file, "inference.micro_batch_size=3").teacher(CPU).micro_batch.size == 3
+
+
+def test_shard_that_somebody_else_has_written_is_left(real):
+    short = Short(real[1].predict, 100)
+    left = iter([True, True, False])
+    teacher = Teacher(short, Replicated(), MicroBatch(16, False, True), lambda: None)
+    assert teach.compute(teacher, real[0], np.arange(100), CPU, lambda here: next(left)) is None
+    assert short.sizes == [16, 16]
+
+
+def test_a_wish_to_stop_ends_the_work_at_the_next_micro_batch(real, monkeypatch):
+    wishes = iter([False, False, True])
+    monkeypatch.setattr(heartbeat, "asked_to_stop", lambda: next(wishes))
+    with pytest.raises(heartbeat.Stopped):
+        computed(real, 100, MicroBatch(16, False, True))
+
+
+# ------------------------------------------------------------------------------------------------------ precision
+
+
+def test_half_precision_says_nearly_the_same_and_keeps_the_positions(llama):
+    found = {}
+    for precision in ("fp32", "bf16"):
+        teacher = asked(llama, f"inference.precision={precision}").teacher(CPU)
+        ids = torch.arange(64).reshape(2, 32) + 5
+        rows = torch.arange(64)
+        with torch.inference_mode():
+            found[precision] = teacher.predict(ids, rows, ids.flatten(), None)
+        model = teacher.predict.module.model
+        assert {p.dtype for p in model.parameters()} == {inference.DTYPES[precision]}
+        frequencies = next(b for name, b in model.named_buffers() if name.endswith("rotary_emb.inv_freq"))
+        expected = 10000.0 ** -(torch.arange(0, 8, 2) / 8)
+        torch.testing.assert_close(frequencies, expected, rtol=1e-6, atol=0)  # cast to bf16 they would be off by 4e-3
+    truth = {name: one.scalars["truth"] for name, one in found.items()}
+    assert (truth["fp32"] - truth["bf16"]).abs().max() < 0.05
+    assert not math.isclose(truth["fp32"].sum().item(), truth["bf16"].sum().item(), rel_tol=1e-9)
