@@ -19,7 +19,7 @@ from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.engine import config as engine_config
 from ki_ds.engine import optimizers
 from ki_ds.errors import UserError
-from ki_ds.exchange.teacher_inputs import header
+from ki_ds.exchange.teacher_inputs import folder_header
 from ki_ds.experiment.graph import Needed, Stage, needs, targets_needed, taught_by
 from ki_ds.experiment.schedules import teacher_steps
 from ki_ds.experiment.schema import Experiment, Train
@@ -27,10 +27,13 @@ from ki_ds.experiment.strict import read_json
 from ki_ds.models import architectures, hugging_face
 from ki_ds.sealed import Identity, open_sealed
 from ki_ds.stages import identities
-from ki_ds.targets.codec import Codec, quantum
-from ki_ds.targets.folder import ShardFolder, open_folder
-from ki_ds.targets.selection import tail_name
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.header import FolderHeader, Origin
+from ki_ds.targets.manifest import open_folder
+from ki_ds.targets.selection import Selection
 from ki_ds.targets.source import Place, place
+from ki_ds.targets.spec import TargetSpec
 from ki_ds.teaching import teacher as inference
 from ki_ds.training.batches import BatchLayout, Lane, Loader, Reading
 
@@ -134,20 +137,15 @@ class Workspace:
 
     def codec(self, identity: Identity) -> Codec:
         """How the rows of a targets folder of this identity are packed."""
-        said, scalars = identity.config["selection"], tuple(identity.config["scalars"])
-        size = self.tokenizer.size
-        if said["kind"] == "sampled":
-            return Codec(size, min(said["k"], size), 0.0, "count", scalars)
-        lowest = min(float(name.removeprefix("tail@")) for name in scalars if name.startswith("tail@"))
-        return Codec(size, said["k"], quantum(identity.config["target_distortion"], lowest), scalars=scalars)
+        return TargetSpec.from_config(identity.config, 0).codec(self.tokenizer.size)
 
-    def targets_header(self, stage: Stage, identity: Identity) -> dict[str, Any]:
+    def targets_header(self, stage: Stage, identity: Identity) -> FolderHeader:
         """What every shard of a targets folder says of itself, beside its own samples and counts."""
         needed = targets_needed(self.experiment, stage.name)
-        teacher = {"name": needed.teacher, "digest": identity.inputs[f"models/{needed.teacher}"]}
-        return header(
+        teacher = Origin(needed.teacher, identity.inputs[f"models/{needed.teacher}"])
+        return folder_header(
             self.experiment, needed.corpus, self.tokens(needed.corpus), self.tokenizer.digest, teacher,
-            identity.config["selection"], self.codec(identity),
+            Selection(**identity.config["selection"]), self.codec(identity),
         )  # fmt: skip
 
     def stored(self, teacher: str, corpus: str) -> Place:
@@ -241,13 +239,13 @@ class Workspace:
         found, wanted = open_folder(folder), model.inherit.targets
         place, how = f"models.{name}.inherit.targets", found.codec
         selection = wanted.selection(model.inherit.temperature)
-        said, counts = found.header.get("selection"), how.values == "count"
-        if not isinstance(said, dict):
+        said, counts = found.header.selection, how.counts
+        if said is None:
             raise UserError(f"{folder}: the header of its shards does not say what was selected")
-        alike = {**said, "k": 0} == {**selection.record, "k": 0} and counts == (selection.kind == "sampled")
-        if not alike or how.k < min(selection.k, self.tokenizer.size) or (counts and said.get("k") != selection.k):
-            raise UserError(f"{folder}: holds {said}; expected {place} {selection.record}")
-        if wanted.tail and tail_name(model.inherit.temperature) not in how.scalars:
+        alike = replace(said, k=0) == replace(selection, k=0) and counts == selection.counts
+        if not alike or how.k < min(selection.k, self.tokenizer.size) or (counts and said.k != selection.k):
+            raise UserError(f"{folder}: holds {said.record}; expected {place} {selection.record}")
+        if wanted.tail and not how.stores(model.inherit.temperature):
             there = ", ".join(f"{temperature:g}" for temperature in how.temperatures)
             raise UserError(
                 f"{folder}: the tail's weight is stored at the temperatures {there}; expected "
@@ -294,7 +292,7 @@ class Workspace:
         reading = None
         if inherit:
             k = inherit.targets.selection(inherit.temperature).k
-            reading = Reading(k, tail_name(inherit.temperature) if inherit.targets.tail else None)
+            reading = Reading(k, inherit.temperature if inherit.targets.tail else None)
         return Loader(self.lanes(name), Mix(list(model.train.on.values())), layout, reading)
 
     def model_config(self, name: str, tokenizer: TextTokenizer) -> Any:

@@ -25,7 +25,7 @@ Corpus = Annotated[str, typer.Option(help="the corpus that the predictions are a
 
 
 def _open(folder: str) -> Any:
-    from ki_ds.targets.folder import open_folder
+    from ki_ds.targets.manifest import open_folder
     from ki_ds.targets.source import place
 
     return open_folder(place(folder))
@@ -77,21 +77,21 @@ def verify(
     say(f"{folder}: {len(shards)} shards, {shards.samples} samples: no fault")
 
 
-@app.command()
-def repair(
+@app.command("repair")
+def repair_(
     folder: Folder,
     against_corpus: Annotated[bool, typer.Option(help="also set aside what was made from another input")] = False,
     deep: Annotated[bool, typer.Option(help="also set aside what does not decode to probabilities")] = False,
     workdir: Workdir = None,
 ) -> None:
     """Set damaged shards aside, so that `ki-ds teach` computes just those again."""
-    from ki_ds.exchange import verify as checks
+    from ki_ds.exchange.repair import repair
 
     shards = _open(folder)
     if not isinstance(shards.folder, Path):
         raise UserError(f"{folder}: only a local folder can be repaired; copy it here")
     faults = _faults(shards, deep, _inputs(shards, workdir) if against_corpus else None)
-    moved = checks.repair(shards.folder, shards, faults)
+    moved = repair(shards.folder, shards, faults)
     for path in moved:
         say(f"set aside: {path}")
     gone = len(shards.missing())
@@ -120,12 +120,12 @@ def inspect(
             raise
         note = str(error)
     figures = inspection.statistics(shards)
-    first = shards.shard(sample // shards.per_shard).header
+    header = shards.shard(sample // shards.per_shard).header.record
     found = inspection.rows(shards, sample, rows, inputs)
     if as_json:
-        say(json.dumps({"header": first, "statistics": figures, "rows": [asdict(row) for row in found]}, indent=1))
+        say(json.dumps({"header": header, "statistics": figures, "rows": [asdict(row) for row in found]}, indent=1))
         return
-    say(json.dumps(first, indent=1))
+    say(json.dumps(header, indent=1))
     for name, value in figures.items():
         if isinstance(value, dict):
             say(f"{name}:", ", ".join(f"{part} {size:.3f}" for part, size in value.items()))
@@ -166,7 +166,7 @@ def export(
     workdir: Workdir = None,
 ) -> None:
     """Write (ids, log-probabilities) for other trainers: to Parquet, or to arrays in safetensors files."""
-    from ki_ds.exchange import tables as exchange
+    from ki_ds.exchange import export as tables
 
     shards, parquet = _open(folder), output.suffix == ".parquet"
     _output(output, folder=not parquet)
@@ -177,8 +177,8 @@ def export(
             raise
         inputs = None
         say(f"without the columns index and token: {error}")
-    parts = exchange.tables(shards, inputs)
-    write = exchange.export_parquet if parquet else exchange.export_arrays
+    parts = tables.tables(shards, inputs)
+    write = tables.export_parquet if parquet else tables.export_arrays
     say(f"{output}: {write(parts, output)} rows")
 
 
@@ -191,14 +191,14 @@ def ask(
     workdir: Workdir = None, scale: Scale = None, settings: Set = None,
 ) -> None:  # fmt: skip
     """Write the inputs that a teacher elsewhere is to answer, for `import`."""
-    from ki_ds.exchange import tables as exchange
+    from ki_ds.exchange.teacher_inputs import write_teacher_inputs
 
     if _output(output).suffix != ".parquet":
         raise UserError(f"{output}: expected a name that ends in .parquet")
     _, inputs, every = _corpus(file, scale, workdir, settings, corpus)
     if samples > every:
         raise UserError(f"--samples {samples}: {corpus} has {every} in all its views")
-    say(f"{output}: {exchange.ask(inputs, samples, output)} rows at {samples} samples")
+    say(f"{output}: {write_teacher_inputs(inputs, samples, output)} rows at {samples} samples")
 
 
 @app.command("import")
@@ -211,11 +211,11 @@ def import_(
     workdir: Workdir = None, scale: Scale = None, settings: Set = None,
 ) -> None:  # fmt: skip
     """Make targets of predictions made elsewhere; a model with "targets" then teaches them."""
-    from ki_ds.exchange import imported
+    from ki_ds.exchange.import_ import make
 
     _output(output, folder=True)
     space, inputs, every = _corpus(file, scale, workdir, settings, corpus)
-    made = imported.make(output, answers, inputs, every, space.experiment, corpus, name)
+    made = make(output, answers, inputs, every, space.experiment, corpus, name)
     model = json.dumps({name: {"targets": {corpus: str(output)}}})
     say(f"{output}: {made} samples. In the experiment: models: {model}")
 

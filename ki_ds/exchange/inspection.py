@@ -24,8 +24,7 @@ PARTS = (
 
 def probabilities(how: Codec, planes: Planes) -> np.ndarray:
     """float64 [n, K] of the kept ids at temperature 1 (or the draws' own), renormalised; 0 where none holds."""
-    counts = how.values == "count"
-    weights = planes.values_nK.astype(np.float64) if counts else np.exp(-how.below(planes).astype(np.float64))
+    weights = planes.values_nK.astype(np.float64) if how.counts else np.exp(-how.below(planes).astype(np.float64))
     weights = np.where(planes.kept(), weights, 0)
     return weights / np.maximum(weights.sum(axis=1, keepdims=True), 1e-300)
 
@@ -35,7 +34,7 @@ def statistics(shards: ShardFolder) -> dict[str, Any]:
     if not shards.samples:
         raise UserError(f"{shards.folder}: holds no sample")
     how, zstd = shards.codec, codec.compressor()
-    most = max(min(SAMPLE, MOST_SLOTS // (shards.shard(0).header["sequence_length"] * how.k), shards.samples), 1)
+    most = max(min(SAMPLE, MOST_SLOTS // (shards.shard(0).header.folder.sequence_length * how.k), shards.samples), 1)
     samples = np.unique(np.linspace(0, shards.samples - 1, most).astype(np.int64))
     read = shards.read(samples)
     planes, rows = read.planes, len(read.planes)
@@ -60,7 +59,7 @@ def statistics(shards: ShardFolder) -> dict[str, Any]:
     }  # fmt: skip
     for name in how.scalars:
         nats = how.scalar(planes, name).astype(np.float64)
-        if name == "tail@1":
+        if name == 1:
             found["mass_kept"] = _mean(1 - np.exp(nats + how.scalar(planes, "first"))[some])
         elif name == "truth":
             found["teacher_loss"] = -_mean(nats)
@@ -89,10 +88,10 @@ class Row:
 def rows(shards: ShardFolder, sample: int, count: int, inputs: TeacherInputs | None, most: int = 8) -> list[Row]:
     """The first rows of a sample, each with its most probable ids."""
     how, planes = shards.codec, shards.read(np.array([sample])).planes
-    p = probabilities(how, planes) if how.values == "count" else np.exp(how.log_probabilities(planes))
+    p = probabilities(how, planes) if how.counts else np.exp(how.log_probabilities(planes))
     ids = planes.ids()
     index, tokens = (None, None) if inputs is None else inputs.rows(inputs.view(np.array([sample])))[:2]
-    truth = how.scalar(planes, "truth") if "truth" in how.scalars else None
+    truth = how.scalar(planes, "truth") if how.stores("truth") else None
     found = []
     for row in range(min(count, len(planes))):
         order = np.argsort(-p[row], kind="stable")[: min(most, int(planes.count_n[row]))]

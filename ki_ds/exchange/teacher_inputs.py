@@ -1,10 +1,10 @@
-"""Teacher inputs: the input ids and true tokens at the samples of a targets folder."""
+"""Teacher inputs: the input ids and rows at the samples of a targets folder; from a corpus, or as a file for a teacher
+elsewhere."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -14,11 +14,15 @@ from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.errors import UserError
+from ki_ds.exchange.parquet import lists, parquet_writer
 from ki_ds.experiment.schema import NAME, Experiment
 from ki_ds.targets.codec import Codec
+from ki_ds.targets.header import FolderHeader, Masking, Origin, StreamOrder
+from ki_ds.targets.selection import Selection
 from ki_ds.targets.source import Place
 
 Spans = np.ndarray  # int64 [P], where the rows of each sample end
+AT_ONCE = 64  # samples that are written at once
 
 
 @dataclass(frozen=True)
@@ -53,55 +57,58 @@ def work_directory(folder: Place, given: Path | None) -> Path:
     return root
 
 
-def header(
-    experiment: Experiment, corpus: str, tokens: Tokens, tokenizer: str, teacher: dict[str, str],
-    selection: dict[str, Any], how: Codec,
-) -> dict[str, Any]:  # fmt: skip
-    """What every shard of a targets folder says of itself, beside its own samples and counts.
-
-    Args:
-        tokenizer: its digest.
-        teacher: its name and digest.
-    """
-    masked = experiment.objective == "mlm"
-    return {
-        "teacher": teacher,
-        "corpus": {"name": corpus, "digest": tokens.digest},
-        "tokenizer": tokenizer,
-        "objective": experiment.objective,
-        "masking": experiment.masking.model_dump(mode="json") if masked else None,
-        "stream": {"seed": experiment.seed, "views": experiment.views, "sequences": len(tokens.train)},
-        "sequence_length": experiment.sequence_length,
-        "selection": selection,
-        "codec": how.header,
-    }
+def folder_header(
+    experiment: Experiment, corpus: str, tokens: Tokens, tokenizer: str, teacher: Origin, selection: Selection,
+    how: Codec,
+) -> FolderHeader:  # fmt: skip
+    """What every shard of a targets folder says of itself, beside its own samples and counts; `tokenizer` is its
+    digest."""
+    masking = experiment.masking
+    return FolderHeader(
+        experiment.sequence_length, how, teacher, Origin(corpus, tokens.digest), tokenizer, experiment.objective,
+        Masking(masking.probability, masking.views) if experiment.objective == "mlm" else None,
+        StreamOrder(experiment.seed, experiment.views, len(tokens.train)), selection,
+    )  # fmt: skip
 
 
-def teacher_inputs(header: dict[str, Any], root: Path) -> TeacherInputs:
+def teacher_inputs(header: FolderHeader, root: Path) -> TeacherInputs:
     """What the teacher of a folder was shown, from the header of its shards and the corpus in a work directory.
 
     Raises:
         UserError: the corpus or the tokenizer is not there, or another one.
     """
-    try:
-        name, expected = header["corpus"]["name"], header["corpus"]["digest"]
-        objective, seed, views = header["objective"], header["stream"]["seed"], header["stream"]["views"]
-        probability = float((header["masking"] or {"probability": 0.15})["probability"])
-        digests = [str(expected), str(header["tokenizer"])]
-        whole = all(type(number) is int and number >= 0 for number in (seed, views)) and views > 0
-        if not whole or not NAME.fullmatch(name) or objective not in ("mlm", "clm"):
-            raise ValueError(f"corpus {name}, objective {objective}, seed {seed}, views {views}")
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"the header of the shards does not say from which corpus they are ({error!r})") from None
+    corpus, order, objective, masking = header.corpus, header.stream, header.objective, header.masking
+    viewed = objective == "clm" or (objective == "mlm" and masking is not None)
+    if not (corpus and order and order.views and header.tokenizer and objective and viewed and NAME.fullmatch(corpus.name)):
+        said = f"{corpus}, {order}, objective {objective}, {masking}, tokenizer {header.tokenizer}"
+        raise UserError(f"the header of the shards does not say from which corpus they are ({said})")
     tokenizer = tokenizers.load(root / "tokenizer", objective, "tokenizer")
-    tokens = open_tokens(root / "corpora" / name)
+    tokens = open_tokens(root / "corpora" / corpus.name)
     for what, found, wanted in (
-        (root / "corpora" / name, tokens.digest, digests[0]), (root / "tokenizer", tokenizer.digest, digests[1])
-    ):  # fmt: skip
+        (root / "corpora" / corpus.name, tokens.digest, corpus.digest),
+        (root / "tokenizer", tokenizer.digest, header.tokenizer),
+    ):
         if found != wanted:
             raise UserError(f"{what}: its digest is {found}, but the targets were made from {wanted}")
-    stream = CorpusStream(len(tokens.train), views, seed, tokens.digest)
+    stream = CorpusStream(len(tokens.train), order.views, order.seed, tokens.digest)
+    probability = 0.15 if masking is None else masking.probability  # of a causal model it is not read
     special = (tokenizer.special, tokenizer.mask)
     return TeacherInputs(
-        tokens, stream, Viewer(objective, seed, tokens.digest, tokenizer.size, *special, probability), tokenizer
+        tokens, stream, Viewer(objective, order.seed, tokens.digest, tokenizer.size, *special, probability), tokenizer
     )
+
+
+def write_teacher_inputs(inputs: TeacherInputs, samples: int, path: Path) -> int:
+    """Write what a teacher elsewhere is to be shown, as Parquet: `sample`, `input_ids` and the `index` and true `token`
+    of each row as lists; their number of rows."""
+    total = 0
+    with parquet_writer(path) as write:
+        for start in range(0, samples, AT_ONCE):
+            here = np.arange(start, min(start + AT_ONCE, samples))
+            view = inputs.view(here)
+            index, token, ends = inputs.rows(view)
+            whole = np.arange(1, len(here) + 1) * view.inputs_BS.shape[1]
+            ids = lists(whole, view.inputs_BS.reshape(-1))
+            write({"sample": here, "input_ids": ids, "index": lists(ends, index), "token": lists(ends, token)})
+            total += len(index)
+    return total

@@ -6,15 +6,15 @@ import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from ki_ds.errors import UserError
 from ki_ds.exchange.teacher_inputs import TeacherInputs
-from ki_ds.targets.codec import FINE, NAT, Codec, Planes
-from ki_ds.targets.folder import ASIDE, ShardFolder
-from ki_ds.targets.shard import Damaged, Raw, Shard
+from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.quanta import FINE, NAT
+from ki_ds.targets.shard import Damaged, Frame, Shard
 
 
 @dataclass(frozen=True)
@@ -63,9 +63,9 @@ def _shard(shards: ShardFolder, number: int, deep: bool, inputs: TeacherInputs |
     except UserError as error:
         yield error
         return
-    start, end = shard.header["start"], shard.header["end"]
+    start, end = shard.header.start, shard.header.end
     for first, count in shard.batches(start, end):
-        frames: list[Raw] = []
+        frames: list[Frame] = []
         try:
             frames = shard.read(first, count)
         except UserError:  # one by one, to name each that is damaged
@@ -78,7 +78,7 @@ def _shard(shards: ShardFolder, number: int, deep: bool, inputs: TeacherInputs |
             yield shard.bad(message)
 
 
-def _frames(shard: Shard, frames: list[Raw], deep: bool, inputs: TeacherInputs | None) -> Iterator[str]:
+def _frames(shard: Shard, frames: list[Frame], deep: bool, inputs: TeacherInputs | None) -> Iterator[str]:
     if not frames:
         return
     labels: list[np.ndarray | None] = [None] * len(frames)
@@ -107,8 +107,8 @@ def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tup
     """(row, what is wrong with it), the first of each kind."""
     kept, half = planes.kept(), 0.5 / NAT + 1e-6
     checks: list[tuple[np.ndarray, str]] = []
-    first = how.scalar(planes, "first") if "first" in how.scalars else np.zeros(len(planes), np.float32)
-    if how.values == "count":
+    first = how.scalar(planes, "first") if how.stores("first") else np.zeros(len(planes), np.float32)
+    if how.counts:
         drawn = planes.values_nK.sum(axis=1, dtype=np.int64)
         checks.append((drawn != drawn[:1], "another number of draws than the first row's"))
         checks.append((((planes.values_nK == 0) & kept).any(axis=1), "an id that was never drawn"))
@@ -116,12 +116,12 @@ def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tup
         below = how.below(planes).astype(np.float64)
         mass = np.where(kept, np.exp(first[:, None] - below), 0).sum(axis=1)
         slack = np.exp(how.quantum / 2 + half)
-        if "tail@1" in how.scalars:
-            mass += np.exp(first + how.scalar(planes, "tail@1").astype(np.float64))
+        if how.stores(1):
+            mass += np.exp(first + how.scalar(planes, 1).astype(np.float64))
             checks.append(((planes.count_n > 0) & (mass < 1 / slack - 1e-3), "its probabilities sum to less than 1"))
         checks.append((mass > slack + 1e-3, "its probabilities sum to more than 1"))
     checks.append((first > half, "a log-probability above 0"))
-    if "truth" in how.scalars:
+    if how.stores("truth"):
         truth = how.scalar(planes, "truth")
         checks.append(
             (
@@ -129,7 +129,7 @@ def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tup
                 "the true token is more probable than the most probable id",
             )
         )
-        if labels is not None and how.values != "count":
+        if labels is not None and not how.counts:
             stored = first[:, None] - how.below(planes)
             at = kept & (planes.ids() == labels[:, None]) & (planes.values_nK <= FINE)
             wrong = at & (np.abs(stored - truth[:, None]) > how.quantum / 2 + 2 * half)
@@ -137,26 +137,3 @@ def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tup
     for wrong, message in checks:
         if wrong.any():
             yield int(np.flatnonzero(wrong)[0]), message
-
-
-def repair(folder: Path, shards: ShardFolder, faults: list[Fault]) -> list[Path]:
-    """Set the damaged shards aside, so that `teach` computes them again; where they are now.
-
-    Raises:
-        UserError: every single shard seems to be damaged, or they cannot be moved.
-    """
-    bad = list(dict.fromkeys(fault.shard for fault in faults if fault.damaged))
-    if len(bad) == len(shards) > 1:
-        raise UserError(
-            f"{folder}: all {len(bad)} shards seem to be damaged, the first: {faults[0].message} More likely the "
-            "manifest or the corpus is another one; nothing was set aside."
-        )
-    moved = []
-    for number in bad:
-        path = folder / shards.name(number)
-        try:
-            (folder / ASIDE).mkdir(exist_ok=True)
-            moved.append(path.rename(folder / ASIDE / path.name))
-        except OSError as error:
-            raise UserError(f"{path}: cannot be set aside: {error.strerror}") from None
-    return moved

@@ -2,7 +2,7 @@
 
 N rows, K kept ids a row. A row with count 0 has no target. The teacher's probabilities at temperature τ:
 
-    p_nk ∝ exp(-quantum · (v + 7 · max(v - 192, 0)) / τ)    for the value v = values_nk; renormalised over the kept
+    p_nk ∝ exp(-D(values_nk) / τ)             where D is `ki_ds.targets.quanta.nats_below`; renormalised over the kept
                                               ids, or, with a tail, over these and one outcome more, "any other id"
     p_n,tail ∝ exp(tail_n)                    where tail_n is its log weight at this very τ
     p_nk = values_nk / Σ_k values_nk          where the quantum is 0: counts of draws from the distribution at τ
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-FINE, COARSE = 192, 8  # up to FINE a value is a quantum, from there on COARSE quanta
+from ki_ds.targets.quanta import nats_below
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,11 @@ class PackedTargets:
 
     def __len__(self) -> int:
         return self.ids_NK.shape[0]
+
+    @property
+    def counts(self) -> bool:
+        """Whether the values are counts of draws, and not log-probabilities."""
+        return self.quantum == 0
 
     def check(self, rows: int) -> None:
         """Check that all planes belong to so many rows of one length.
@@ -74,10 +79,7 @@ class PackedTargets:
     def log_probabilities(self, temperature: float, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor | None]:
         """[N, K] of the kept entries (section 3), and [N] of the tail where there is one; -inf where nothing holds."""
         values = self.values_NK.to(dtype)
-        if self.quantum == 0:
-            weights = values.log()
-        else:
-            weights = (values + (COARSE - 1) * (values - FINE).clamp(min=0)) * (-self.quantum / temperature)
+        weights = values.log() if self.counts else nats_below(values, -self.quantum / temperature)
         weights = weights.masked_fill(~self.kept(), -torch.inf)
         some = self.count_N > 0
         if self.tail_N is None:

@@ -14,8 +14,8 @@ from ki_ds.experiment.graph import Stage, targets_needed, taught_by
 from ki_ds.experiment.schema import Model
 from ki_ds.files import digest, file_digest
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, parse_manifest, read_manifest
-from ki_ds.targets.folder import read_facts
-from ki_ds.targets.selection import scalar_names, tail_name
+from ki_ds.targets.manifest import read_facts
+from ki_ds.targets.spec import TargetSpec
 
 if TYPE_CHECKING:
     from ki_ds.workspace import Workspace
@@ -65,10 +65,9 @@ def _targets(space: Workspace, stage: Stage, viewing: dict[str, Any]) -> Identit
         f"models/{needed.teacher}": space.model_digest(needed.teacher),
         f"corpora/{needed.corpus}": space.tokens(needed.corpus).digest,
     }
-    selection, scalars = needed.selection, [*scalar_names(needed.selection, needed.temperatures)]
-    config = {**viewing, "selection": selection.record, "scalars": scalars}
-    if selection.kind != "sampled":
-        config["target_distortion"] = space.experiment.target_distortion.mean
+    bound = space.experiment.target_distortion.mean
+    wanted = TargetSpec(needed.selection, needed.temperatures, bound, needed.samples)
+    config = {**viewing, **wanted.config}
     if (precision := space.experiment.inference.precision) != "fp32":
         config["precision"] = precision
     folder = space.folder(stage)
@@ -76,9 +75,9 @@ def _targets(space: Workspace, stage: Stage, viewing: dict[str, Any]) -> Identit
         path = folder / name
         if path.exists() and (name == MANIFEST or any(folder.glob("*.kit"))):
             found = parse_manifest(path.read_bytes(), str(path))["config"]
-            there = found.get("selection", {})
-            serves = {**there, "k": 0} == {**selection.record, "k": 0} and there["k"] >= selection.k
-            if serves and {tail_name(temperature) for temperature in needed.tails} <= {*found["scalars"]}:
+            if {"selection", "scalars"} <= found.keys() and TargetSpec.from_config(found, 0).serves(
+                wanted, needed.tails
+            ):
                 config |= {key: found[key] for key in ("selection", "scalars")}
             break
     return Identity("teach", config, inputs)

@@ -15,7 +15,7 @@ from ki_ds.launch.launcher import LAUNCHED, Launch, launched
 from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, check_identity, state
 from ki_ds.stages.worker import work
-from ki_ds.targets.folder import read_facts
+from ki_ds.targets.manifest import read_facts
 from ki_ds.teaching import teacher as inference
 from ki_ds.teaching.job import complete
 from ki_ds.workspace import Workspace

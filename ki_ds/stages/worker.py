@@ -136,7 +136,7 @@ def lesson(stage: Stage, space: Workspace, identity: Identity) -> teach.TeachJob
     """
     needed, size = space.needed(stage), space.tokenizer.size
     selection, name = Selection(**identity.config["selection"]), needed.corpus
-    if selection.kind != "sampled" and selection.k > size:
+    if not selection.counts and selection.k > size:
         raise UserError(f"inherit.targets.k: found {selection.k}; expected at most the tokenizer's vocabulary, {size}")
     settings, codec = space.experiment.inference, space.codec(identity)
     config = inference.check(space, [needed.teacher], space.tokenizer, distributed.world_size())

@@ -4,9 +4,8 @@ n rows, K kept ids a row, S scalars, E entries that hold in all.
 
 In memory a target is planes of small integers that the loss reads as they are: ids, rising, in a 16-bit plane (and an
 8-bit plane above it where the vocabulary needs it); and beside each id how far its log-probability lies below
-the row's largest (or, for sampled targets, how often it was drawn). Rounding to the nearest quantum q costs at most
-about q²/24 nats of KL in the mean and q²/8 in any row. From 192 quanta down on, where probabilities are below e^-11 of
-the row's largest and count at high temperatures only, values go in steps of 8 quanta: the last is 696 quanta down.
+the row's largest, in quanta (`ki_ds.targets.quanta`), or, for sampled targets, how often it was drawn.
+`ki_ds.kernels.select.pack` packs them.
 
 On disk rows are ragged and every id is its distance from the one before it: of a set of K ids only log₂(V choose K)
 bits are left, and their order by probability is not stored twice.
@@ -14,39 +13,20 @@ bits are left, and their order by probability is not stored twice.
 
 from __future__ import annotations
 
-import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import zstandard
 
-LARGEST = 255  # of the values plane
-FINE, COARSE = 192, 8  # up to FINE a value is a quantum, from there on COARSE quanta
-NAT = 256  # units of a scalar in a nat
-MINUS_INFINITY = -(1 << 15)  # the scalar that says so
-CACHED = 1 << 15  # entries quantised at once, so that they stay in the cache
+from ki_ds.targets.quanta import QUANTA, from_scalar, to_scalar
+from ki_ds.targets.scalars import Scalar, name_of, parse_name, stored
+
 LEVEL = 1  # of zstd: the planes hold no repetitions worth a search, only skewed bytes
-VALUES = ("log-probability", "count")
+LOG_PROBABILITY, COUNT = "log-probability", "count"  # what the values are
 KEYS = {"vocabulary", "k", "values", "quantum", "scalars"}
-
-
-QUANTA = np.arange(LARGEST + 1) + (COARSE - 1) * np.maximum(np.arange(LARGEST + 1) - FINE, 0)  # of each value
-QUANTA.flags.writeable = False
-
-
-def quantum(mean_nats: float, lowest_temperature: float = 1.0) -> float:
-    """The largest quantum q, a multiple of 1/1024 nat, with q²/24 ≤ four fifths of the bound on the mean KL; the rest
-    is for the scatter of small shards. At a temperature τ the divergence is q²/24τ².
-
-    Raises:
-        ValueError: the bound is so tight that no quantum meets it.
-    """
-    steps = math.floor(1024 * min(lowest_temperature, 1.0) * math.sqrt(24 * 0.8 * mean_nats))
-    if steps < 1:
-        raise ValueError(f"a mean distortion of {mean_nats:g} nats is below what the smallest quantum, 1/1024, gives")
-    return steps / 1024
 
 
 @dataclass(frozen=True)
@@ -93,167 +73,95 @@ class Codec:
     vocabulary: int
     k: int  # the most entries a row has
     quantum: float  # nats; 0 for counts
-    values: str = "log-probability"
-    scalars: tuple[str, ...] = ("first", "truth")
+    scalars: tuple[Scalar, ...] = ("first", "truth")  # what is stored of each row beside its entries
 
     def __post_init__(self) -> None:
         if not (0 < self.vocabulary <= 1 << 24 and 0 < self.k <= 1024 and self.k <= self.vocabulary):
             raise ValueError(f"expected 0 < k ≤ 1024, k ≤ vocabulary ≤ 2^24, found {self.k} and {self.vocabulary}")
-        if self.values not in VALUES or (self.quantum > 0) != (self.values == VALUES[0]):
-            raise ValueError(f"values {self.values!r} with a quantum of {self.quantum}")
         if not 0 <= self.quantum <= 1 or len(self.scalars) > 64:
             raise ValueError(f"a quantum of {self.quantum} nats, {len(self.scalars)} scalars")
 
     @property
-    def header(self) -> dict[str, Any]:
+    def counts(self) -> bool:
+        """Whether the values are counts of draws, and not log-probabilities."""
+        return self.quantum == 0
+
+    @property
+    def tails(self) -> tuple[float, ...]:
+        """The temperatures at which the tail's weight is stored."""
+        return tuple(scalar for scalar in self.scalars if not isinstance(scalar, str))
+
+    @property
+    def temperatures(self) -> tuple[float, ...]:
+        """Where the tail's weight is stored and the distortion is measured; 1 is always among them."""
+        return tuple(sorted({1.0, *self.tails}))
+
+    @property
+    def record(self) -> dict[str, Any]:
         """As in a shard's header."""
         return {
-            "vocabulary": self.vocabulary, "k": self.k, "values": self.values, "quantum": self.quantum,
-            "scalars": list(self.scalars),
+            "vocabulary": self.vocabulary, "k": self.k, "values": COUNT if self.counts else LOG_PROBABILITY,
+            "quantum": self.quantum, "scalars": [name_of(scalar) for scalar in self.scalars],
         }  # fmt: skip
 
     @classmethod
-    def read(cls, header: Any) -> Codec:
-        """The inverse of `header`.
+    def read(cls, said: Any) -> Codec:
+        """The inverse of `record`.
 
         Raises:
-            ValueError: the header is not one.
+            ValueError: it is not a codec.
         """
-        if not isinstance(header, dict) or set(header) != KEYS:
+        if not isinstance(said, dict) or set(said) != KEYS:
             raise ValueError(f"expected the keys {', '.join(sorted(KEYS))}")
-        whole = all(type(header[name]) is int for name in ("vocabulary", "k"))
-        scalars, values = header["scalars"], header["values"]
-        named = isinstance(scalars, list) and all(isinstance(name, str) for name in [*scalars, values])
-        if not whole or not named or type(header["quantum"]) not in (int, float):
-            raise ValueError(f"a key of the wrong type in {str(header)[:200]}")
-        if not 0 <= header["quantum"] <= 1:
-            raise ValueError(f"a quantum of {str(header['quantum'])[:50]} nats")
-        temperatures = [float(name.removeprefix("tail@")) for name in scalars if name.startswith("tail@")]
-        lacking = values == VALUES[0] and "first" not in scalars
-        if lacking or len(set(scalars)) < len(scalars) or not all(0 < t < math.inf for t in temperatures):
-            raise ValueError(f"expected scalars of different names, one of them first, found {str(scalars)[:200]}")
-        return cls(header["vocabulary"], header["k"], float(header["quantum"]), values, tuple(scalars))
+        whole = all(type(said[name]) is int for name in ("vocabulary", "k"))
+        names, values, quantum = said["scalars"], said["values"], said["quantum"]
+        named = isinstance(names, list) and all(isinstance(name, str) for name in [*names, values])
+        if not whole or not named or type(quantum) not in (int, float):
+            raise ValueError(f"a key of the wrong type in {str(said)[:200]}")
+        if not 0 <= quantum <= 1:
+            raise ValueError(f"a quantum of {str(quantum)[:50]} nats")
+        if values != (LOG_PROBABILITY if quantum > 0 else COUNT):
+            raise ValueError(f"values {values!r} with a quantum of {quantum}")
+        scalars = tuple(map(parse_name, names))
+        if (quantum > 0 and "first" not in scalars) or len(set(scalars)) < len(scalars):
+            raise ValueError(f"expected scalars of different names, one of them first, found {str(names)[:200]}")
+        return cls(said["vocabulary"], said["k"], float(quantum), scalars)
 
     @property
     def _bytes_of_id(self) -> int:
         return 3 if self.vocabulary > 1 << 16 else 2
 
-    def scalar(self, planes: Planes, name: str) -> np.ndarray:
-        """float32 [n] nats of one scalar."""
-        stored = planes.scalars_Sn[self.scalars.index(name)]
-        return np.where(stored == MINUS_INFINITY, -np.inf, stored * np.float32(1 / NAT)).astype(np.float32)
+    def _place(self, scalar: Scalar) -> int:
+        return self.scalars.index(scalar if isinstance(scalar, str) else stored(scalar))
 
-    def store(self, given: dict[str, np.ndarray], rows: int) -> np.ndarray:
+    def stores(self, scalar: Scalar) -> bool:
+        """Whether there is such a scalar."""
+        return (scalar if isinstance(scalar, str) else stored(scalar)) in self.scalars
+
+    def scalar(self, planes: Planes, scalar: Scalar) -> np.ndarray:
+        """float32 [n] nats of one scalar."""
+        return from_scalar(planes.scalars_Sn[self._place(scalar)])
+
+    def store(self, given: Mapping[Scalar, np.ndarray], rows: int) -> np.ndarray:
         """int16 [S, rows] of the codec's scalars, from float [rows] nats.
 
         Raises:
             ValueError: one is not a number.
         """
-        stored = np.empty((len(self.scalars), rows), np.int16)
-        for name, into in zip(self.scalars, stored, strict=True):
-            nats = np.asarray(given[name], np.float64)
+        stored_Sn = np.empty((len(self.scalars), rows), np.int16)
+        for scalar, into in zip(self.scalars, stored_Sn, strict=True):
+            nats = np.asarray(given[scalar], np.float64)
             if np.isnan(nats).any():
-                raise ValueError(f"{name} is not a number in row {int(np.flatnonzero(np.isnan(nats))[0])}")
-            into[:] = _fixed(nats)
-        return stored
+                row = int(np.flatnonzero(np.isnan(nats))[0])
+                raise ValueError(f"{name_of(scalar)} is not a number in row {row}")
+            into[:] = to_scalar(nats)
+        return stored_Sn
 
     def empty(self, rows: int) -> Planes:
         """Rows without a target."""
         high = np.zeros((rows, self.k), np.uint8) if self._bytes_of_id == 3 else None
         ids, values = np.zeros((rows, self.k), np.uint16), np.zeros((rows, self.k), np.uint8)
         return Planes(ids, high, values, np.zeros(rows, np.uint16), np.zeros((len(self.scalars), rows), np.int16))
-
-    # --------------------------------------------------------------------------------------------------- pack
-
-    def pack(
-        self, ids_nK: np.ndarray, given_nK: np.ndarray, scalars: dict[str, np.ndarray]
-    ) -> tuple[Planes, np.ndarray]:
-        """Quantise rows of distinct ids in any order.
-
-        Args:
-            ids_nK: integers below the vocabulary.
-            given_nK: log-probabilities in nats, where -inf leaves an entry out; or counts, where 0 does.
-            scalars: float [n] nats for each name of the codec's.
-
-        Returns:
-            The planes, and [n] KL(original ‖ decoded) in nats, both renormalised over the kept entries, at that of
-            the codec's temperatures where it is largest.
-
-        Raises:
-            ValueError: a scalar, or a log-probability, is not a number; a count is above 255.
-        """
-        if self.values == "count":
-            if given_nK.size and (given_nK.max() > LARGEST or given_nK.min() < 0):
-                raise ValueError(f"a count of {given_nK.max()}: expected 0 to {LARGEST}")
-            kept, values = given_nK > 0, given_nK.astype(np.uint8)
-            distortion_n = np.zeros(len(ids_nK), np.float32)
-        else:
-            logp = given_nK.astype(np.float32, copy=False)
-            kept = np.isfinite(logp)
-            if not (kept | np.isneginf(logp)).all():
-                raise ValueError("a log-probability is not a number")
-            values, distortion_n = self._quantise(logp, kept)
-        # a row in one sort: 32-bit words of id and value; what does not hold comes last
-        words = (ids_nK.astype(np.uint32) << np.uint32(8)) | values
-        if kept.all():
-            count = np.full(len(ids_nK), ids_nK.shape[1], np.uint16)
-            words.sort(axis=1)
-        else:
-            count = kept.sum(axis=1).astype(np.uint16)
-            words[~kept] = np.uint32(0xFFFFFFFF)
-            words.sort(axis=1)
-            words = words[:, : self.k]
-            words[np.arange(words.shape[1]) >= count[:, None]] = 0
-        if len(count) and int(count.max()) > self.k:
-            raise ValueError(f"a row of {count.max()} entries, more than K = {self.k}")
-        return self._planes(words, count, self.store(scalars, len(words))), distortion_n
-
-    def _planes(self, words: np.ndarray, count: np.ndarray, scalars: np.ndarray) -> Planes:
-        n, width = words.shape
-        octets = np.ascontiguousarray(words, "<u4").view(np.uint8).reshape(n, width, 4)
-        if width < self.k:  # narrower than the codec allows
-            octets = np.concatenate([octets, np.zeros((n, self.k - width, 4), np.uint8)], axis=1)
-        ids = octets[:, :, 1].astype(np.uint16) | (octets[:, :, 2].astype(np.uint16) << 8)
-        high = octets[:, :, 3].copy() if self._bytes_of_id == 3 else None
-        return Planes(ids, high, octets[:, :, 0].copy(), count, scalars)
-
-    def _quantise(self, logp: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [n, K] values; float32 [n] KL(original ‖ decoded), the largest over the temperatures."""
-        values, distortion = np.empty(logp.shape, np.uint8), np.zeros(len(logp), np.float32)
-        size = max(CACHED // max(logp.shape[1], 1), 1)
-        for start in range(0, len(logp), size):
-            here = slice(start, start + size)
-            values[here], distortion[here] = self._quantise_few(logp[here], kept[here])
-        return values, distortion
-
-    def _quantise_few(self, logp: np.ndarray, kept: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        first = logp.max(axis=1, keepdims=True, initial=-np.inf)
-        every = bool(kept.all())
-        with np.errstate(invalid="ignore"):
-            below = first - logp if every else np.where(kept, first - logp, np.float32(0))
-        values = np.rint(below * np.float32(1 / self.quantum))
-        decoded = values * np.float32(self.quantum)
-        far = np.nonzero(values > FINE)  # few
-        if len(far[0]):
-            coarse = np.rint((below[far] * np.float32(1 / self.quantum) - FINE) * np.float32(1 / COARSE))
-            values[far] = np.minimum(FINE + coarse, LARGEST)
-            decoded[far] = self.quantum * QUANTA[values[far].astype(np.uint8)]
-        excess = decoded - below
-        distortion = np.zeros(len(logp), np.float32)
-        # KL = Σ p·d + log(Σ exp(-b) / Σ exp(-a)) for a = below, b = decoded, d = b - a; without cancellation
-        weight, found, last = below, decoded, 0.0
-        for temperature in reversed(self.temperatures):
-            if last == 2 * temperature:  # a square costs less than an exponential
-                weight, found = weight * weight, found * found
-            else:
-                scale = np.float32(-1 / temperature)
-                weight, found = np.exp(below * scale), np.exp(decoded * scale)
-            if not every:
-                weight[~kept] = found[~kept] = 0
-            last, total = temperature, np.maximum(weight.sum(axis=1), np.float32(1e-30))  # a row without entries
-            moved = np.einsum("nk,nk->n", weight, excess) / (total * np.float32(temperature))
-            distortion = np.maximum(distortion, np.log1p((found - weight).sum(axis=1) / total) + moved)
-        return values.astype(np.uint8), distortion
 
     def log_probabilities(self, planes: Planes) -> np.ndarray:
         """float32 [n, K] nats as stored, at temperature 1; -inf where an entry does not hold. Not for counts."""
@@ -262,19 +170,14 @@ class Codec:
 
     def below(self, planes: Planes) -> np.ndarray:
         """float32 [n, K] nats that each entry lies below its row's most probable id. Not for counts."""
-        return (self.quantum * QUANTA).astype(np.float32)[planes.values_nK]
-
-    @property
-    def temperatures(self) -> tuple[float, ...]:
-        """Where the tail's weight is stored and the distortion is measured; 1 is always among them."""
-        named = (float(name.removeprefix("tail@")) for name in self.scalars if name.startswith("tail@"))
-        return tuple(sorted({1.0, *named}))
+        below: np.ndarray = (self.quantum * QUANTA).astype(np.float32)[planes.values_nK]
+        return below
 
     def prefix(self, planes: Planes, k: int) -> Planes:
         """The k most probable entries of every row (ties within a quantum by id); what is cut joins the tail."""
         if k >= planes.ids_nK.shape[1]:
             return planes
-        if self.values == "count":
+        if self.counts:
             raise ValueError("counts of draws cannot be shortened")
         kept = planes.kept()
         order = np.where(kept, (planes.values_nK.astype(np.uint32) << 24) | planes.ids(), np.uint32(0xFFFFFFFF))
@@ -287,13 +190,14 @@ class Codec:
         words.sort(axis=1)
         words[np.arange(k) >= count[:, None]] = 0
         scalars = planes.scalars_Sn.copy()
-        for name, into in zip(self.scalars, scalars, strict=True):
-            if name.startswith("tail@"):
-                lost = np.where(held, np.exp(cut * (-self.quantum / float(name[5:]))), 0).sum(axis=1)
-                with np.errstate(divide="ignore"):
-                    tail = np.logaddexp(self.scalar(planes, name), np.log(lost))
-                into[:] = _fixed(tail)
-        return Codec(self.vocabulary, k, self.quantum, self.values, self.scalars)._planes(words, count, scalars)
+        for temperature in self.tails:
+            lost = np.where(held, np.exp(cut * (-self.quantum / temperature)), 0).sum(axis=1)
+            with np.errstate(divide="ignore"):
+                tail = np.logaddexp(self.scalar(planes, temperature), np.log(lost))
+            scalars[self._place(temperature)] = to_scalar(tail)
+        ids = words >> 8
+        high = (ids >> 16).astype(np.uint8) if self._bytes_of_id == 3 else None
+        return Planes(ids.astype(np.uint16), high, words.astype(np.uint8), count, scalars)
 
     # ------------------------------------------------------------------------------------------------- frames
 
@@ -306,7 +210,7 @@ class Codec:
         ids = planes.ids()
         gaps = np.diff(ids, axis=1, prepend=np.uint32(0))
         values = planes.values_nK
-        if self.values == "log-probability":
+        if not self.counts:
             values = values.max(axis=1, keepdims=True, initial=0) - values  # height above the row's last: fewer bits
         if (planes.count_n == self.k).all():
             gaps, values = gaps.reshape(-1), values.reshape(-1)
@@ -380,18 +284,12 @@ class Codec:
         if not (rising if kept is None else rising | ~kept[:, 1:]).all():
             raise ValueError("the ids of a row do not rise")
         ids = _running_sums(gaps)
-        if self.values == "log-probability":
+        if not self.counts:
             values = values.max(axis=1, keepdims=True, initial=0) - values
         if kept is not None:
             ids[~kept] = 0
             values[~kept] = 0
         return ids, values
-
-
-def _fixed(nats: np.ndarray) -> np.ndarray:
-    """Nats in the units of a scalar; what is out of its range is held at the range's end."""
-    held = np.clip(np.rint(nats * NAT), MINUS_INFINITY + 1, -MINUS_INFINITY - 1)
-    return np.where(np.isneginf(nats), MINUS_INFINITY, held)
 
 
 def _running_sums(gaps_nK: np.ndarray) -> np.ndarray:

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import json
 import re
 import threading
 from collections import OrderedDict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from ki_ds import sealed
-from ki_ds.errors import UserError, reason
+from ki_ds.errors import UserError
 from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec, Planes
-from ki_ds.targets.shard import Raw, Shard, shard_name
-from ki_ds.targets.source import Place, Source, join, names
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.shard import Frame, Shard, shard_name
+from ki_ds.targets.source import Place, join, names
 
-ASIDE = "aside"  # where `repair` keeps damaged shards
-CLAIMS = "claims"  # who computes what, while the folder is being filled
-MOST_SHARDS = 1 << 24
 SHARD_NAME = re.compile(r"targets-(\d{9,15})-(\d{9,15})\.kit")
 THREADS = 8  # of reads that wait for a server at the same time
 
@@ -45,20 +39,26 @@ class ShardFolder:
         folder: Place,
         samples: int,
         samples_per_shard: int,
-        header: dict[str, Any] | None = None,
+        header: FolderHeader | None = None,
         keep: int = 128,
     ):
-        """`header`: what every shard's header must say, for instance its codec. `keep`: indices in memory."""
+        """`header`: what every shard must say; None: it is not known, and not checked. `keep`: indices in memory."""
         self.folder, self.samples, self.per_shard = folder, samples, samples_per_shard
-        self.header, self.keep = header or {}, keep
+        self._header, self.keep = header, keep
         self.shards: OrderedDict[int, Shard] = OrderedDict()
         self.lock = threading.Lock()
         self.pool: ThreadPoolExecutor | None = None
 
     @property
+    def header(self) -> FolderHeader:
+        """Of every shard, where the folder was opened by its manifest."""
+        assert self._header is not None
+        return self._header
+
+    @property
     def codec(self) -> Codec:
         """Of every shard, where the folder was opened by its manifest."""
-        return Codec.read(self.header["codec"])
+        return self.header.codec
 
     def read(self, samples: np.ndarray) -> Targets:
         """The targets of samples, in their order; neighbours are read at once, the rest in threads.
@@ -103,7 +103,7 @@ class ShardFolder:
                 runs.append((sample, 1))
         return runs
 
-    def _run(self, run: tuple[int, int]) -> tuple[Shard, list[Raw]]:
+    def _run(self, run: tuple[int, int]) -> tuple[Shard, list[Frame]]:
         shard = self.shard(run[0] // self.per_shard)
         return shard, shard.read(*run)
 
@@ -128,10 +128,12 @@ class ShardFolder:
     def _open(self, number: int) -> Shard:
         shard = Shard(join(self.folder, self.name(number)))
         start = number * self.per_shard
-        expected = {**self.header, "start": start, "end": min(start + self.per_shard, self.samples)}
+        expected = {} if self._header is None else self._header.record
+        expected |= {"start": start, "end": min(start + self.per_shard, self.samples)}
+        found = shard.header.record
         for key, value in expected.items():
-            if shard.header.get(key) != value:
-                raise shard.bad(f"its header gives {key} = {shard.header.get(key)}, expected {value}")
+            if found.get(key) != value:
+                raise shard.bad(f"its header gives {key} = {found.get(key)}, expected {value}")
         return shard
 
     def name(self, number: int) -> str:
@@ -155,67 +157,12 @@ class ShardFolder:
         return [number for number in range(len(self)) if self.name(number) not in there]
 
 
-def _joined(parts: list[tuple[Shard, list[Raw]]]) -> list[tuple[Shard, list[Raw]]]:
+def _joined(parts: list[tuple[Shard, list[Frame]]]) -> list[tuple[Shard, list[Frame]]]:
     """Runs of neighbouring parts with the same codec, so that few, long decodings are left."""
-    joined: list[tuple[Shard, list[Raw]]] = []
+    joined: list[tuple[Shard, list[Frame]]] = []
     for shard, frames in parts:
         if joined and joined[-1][0] is shard:
             joined[-1] = (shard, joined[-1][1] + frames)
         else:
             joined.append((shard, frames))
     return joined
-
-
-def finish(
-    folder: Path, identity: sealed.Identity, samples: int, per_shard: int, header: dict[str, Any]
-) -> sealed.Manifest:
-    """Seal a targets folder whose shards are all there."""
-    facts = {"samples": samples, "samples_per_shard": per_shard, "header": header}
-    return sealed.seal(folder, identity, facts, leave_out=(ASIDE, CLAIMS), synced="*.kit")
-
-
-def read_facts(folder: Place) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(facts, whole manifest) of a sealed targets folder, local or remote.
-
-    Raises:
-        UserError: it is not there, not sealed, or holds no targets.
-    """
-    source = Source(join(folder, sealed.MANIFEST))
-    try:
-        data = sealed.parse_manifest(source.read(0, source.size()), str(source.place))
-    except FileNotFoundError:
-        remote = "does the server answer, and is the name right?"
-        remedy = remote if isinstance(folder, str) else "`ki-ds teach` makes and finishes one."
-        raise UserError(f"{folder}: there is no {sealed.MANIFEST}: not a finished targets folder; {remedy}") from None
-    except OSError as error:
-        raise UserError(f"{source.place}: cannot be read ({reason(error)})") from None
-    try:
-        _check_facts(data)
-    except ValueError as error:
-        raise UserError(f"{source.place}: not the manifest of a targets folder ({str(error)[:300]})") from None
-    return data["facts"], data
-
-
-def _check_facts(data: dict[str, Any]) -> None:
-    if data["stage"] != "teach":
-        raise ValueError(f"stage {json.dumps(data['stage'])}")
-    for name, least in (("samples", 0), ("samples_per_shard", 1)):
-        found = data["facts"].get(name)
-        if type(found) is not int or not least <= found < 1 << 47:
-            raise ValueError(f"{name}: found {json.dumps(found)}, expected a whole number")
-    if -(-data["facts"]["samples"] // data["facts"]["samples_per_shard"]) > MOST_SHARDS:
-        raise ValueError(f"more than {MOST_SHARDS} shards")
-    header = data["facts"].get("header")
-    if not isinstance(header, dict):
-        raise ValueError("without the header of its shards")
-    Codec.read(header.get("codec"))
-
-
-def open_folder(folder: Place) -> ShardFolder:
-    """A sealed targets folder by its manifest, local or remote.
-
-    Raises:
-        UserError: it is not there, not sealed, or holds no targets.
-    """
-    facts, _ = read_facts(folder)
-    return ShardFolder(folder, facts["samples"], facts["samples_per_shard"], facts["header"])

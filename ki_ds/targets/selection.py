@@ -1,8 +1,7 @@
-"""Names of what can be kept of a prediction, without torch: an experiment file speaks of it too."""
+"""What can be kept of a prediction, without torch: an experiment file speaks of it too."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -17,6 +16,11 @@ class Selection:
     temperature: float = 1.0  # sampled: of the distribution that is drawn from
 
     @property
+    def counts(self) -> bool:
+        """Whether entries hold how often an id was drawn, and not its log-probability."""
+        return self.kind == "sampled"
+
+    @property
     def suffix(self) -> str:
         """What a folder's name says of it; what a larger k serves as well is left out."""
         if self.kind == "top_k":
@@ -27,15 +31,3 @@ class Selection:
     def record(self) -> dict[str, Any]:
         """As in manifests and headers."""
         return asdict(self)
-
-
-def tail_name(temperature: float) -> str:
-    """The scalar that holds the tail's weight at a temperature."""
-    return f"tail@{temperature:.12g}"
-
-
-def scalar_names(selection: Selection, temperatures: Sequence[float]) -> tuple[str, ...]:
-    """What is stored of each row beside its entries."""
-    if selection.kind == "sampled":
-        return ("truth",)
-    return ("first", "truth", *(tail_name(t) for t in sorted({1.0, *temperatures})))

@@ -18,7 +18,6 @@ import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import numpy as np
 import xxhash
@@ -27,7 +26,9 @@ import zstandard
 from ki_ds.errors import UserError, reason
 from ki_ds.files import write_atomically
 from ki_ds.targets import codec
-from ki_ds.targets.codec import QUANTA, Codec, Planes
+from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.distortion import Distortion
+from ki_ds.targets.header import FolderHeader, ShardHeader
 from ki_ds.targets.source import Place, Source
 
 MAGIC = b"KIT\x93\r\n\x1a\n"
@@ -41,7 +42,6 @@ LARGEST_RATIO = 1 << 15  # of zstd: a block of one repeated byte takes 4 bytes f
 LARGEST_PLANE = 1 << 26  # rows · K of a sample: 65,536 tokens of 1,024 ids; in memory rows are not ragged
 MOST_FRAMES, MOST_SLOTS = 64, 1 << 22  # of what a tool reads at once
 HEAD, TAIL = 1 << 13, 1 << 16  # read at once from the file's ends: most often header and index are in them
-NUMBERS = ("start", "end", "rows", "entries", "sequence_length")  # whole numbers that a header gives
 _local = threading.local()
 
 
@@ -51,7 +51,7 @@ def shard_name(start: int, end: int) -> str:
 
 
 @dataclass(frozen=True)
-class Block:
+class FrameBlock:
     """Compressed frames of consecutive samples, ready to be written."""
 
     frames: list[bytes]
@@ -60,7 +60,9 @@ class Block:
     distortion_n: np.ndarray  # KL(original ‖ decoded) of each row, nats
 
 
-def pack_block(how: Codec, planes: Planes, ends: np.ndarray, digests: np.ndarray, distortion_n: np.ndarray) -> Block:
+def pack_block(
+    how: Codec, planes: Planes, ends: np.ndarray, digests: np.ndarray, distortion_n: np.ndarray
+) -> FrameBlock:
     """Encode and compress the rows of consecutive samples; releases the interpreter's lock for most of its time.
 
     Args:
@@ -81,49 +83,21 @@ def pack_block(how: Codec, planes: Planes, ends: np.ndarray, digests: np.ndarray
     index["compressed"] = [len(frame) for frame in frames]
     index["rows"] = np.diff(ends, prepend=0)
     index["digest"] = digests
-    return Block(frames, index, int(planes.count_n.sum(dtype=np.int64)), distortion_n)
+    return FrameBlock(frames, index, int(planes.count_n.sum(dtype=np.int64)), distortion_n)
 
 
-class Bound(Protocol):
-    """What quantisation may cost, in nats of KL."""
-
-    mean: float
-    max: float
-
-
-def check_bound(blocks: Sequence[Block], bound: Bound, how: Codec, place: str) -> None:
-    """Check what quantisation has cost the rows of a shard.
-
-    Raises:
-        UserError: more than the bound.
-    """
-    every = np.concatenate([np.zeros(0), *(block.distortion_n for block in blocks)])
-    if not len(every):
-        return
-    for name, found, allowed in (("mean", every.mean(), bound.mean), ("max", every.max(), bound.max)):
-        if found > allowed:
-            raise UserError(
-                f"{place} lose {found:.2g} nats to quantisation; target_distortion.{name} allows {allowed:g}. Quanta "
-                f"of {how.quantum:.3g} nats reach {QUANTA[-1] * how.quantum:.3g} below a row's first id. Raise the "
-                "bound; or remove the folder, to begin again with other quanta (target_distortion.mean) or a smaller k."
-            )
-
-
-def write_shard(path: Path, how: Codec, header: dict[str, Any], start: int, blocks: Sequence[Block]) -> dict[str, Any]:
-    """Write the shard of the samples from `start` on; `header` gives sequence_length and whatever else is to stand in
-    it. Returns the whole header.
+def write_shard(path: Path, header: FolderHeader, start: int, blocks: Sequence[FrameBlock]) -> ShardHeader:
+    """Write the shard of the samples from `start` on. Returns its whole header.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     index = np.concatenate([np.zeros(0, INDEX), *(block.index for block in blocks)])
-    every = np.concatenate([np.zeros(1), *(block.distortion_n for block in blocks)])[1:]
-    said = {
-        **header, "codec": how.header, "start": start, "end": start + len(index), "rows": int(index["rows"].sum()),
-        "entries": sum(block.entries for block in blocks),
-        "distortion": {"mean": float(every.mean()) if len(every) else 0.0, "max": float(every.max(initial=0))},
-    }  # fmt: skip
-    text = json.dumps(said, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+    said = ShardHeader(
+        header, start, start + len(index), int(index["rows"].sum()), sum(block.entries for block in blocks),
+        Distortion.of(block.distortion_n for block in blocks),
+    )  # fmt: skip
+    text = json.dumps(said.record, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
     sizes = index["compressed"].astype(np.uint64)
     index["offset"] = PREFIX.size + len(text) + np.cumsum(sizes) - sizes
     at = PREFIX.size + len(text) + int(sizes.sum())
@@ -139,7 +113,7 @@ class Damaged(UserError):
 
 
 @dataclass(frozen=True)
-class Raw:
+class Frame:
     """A decompressed, checked frame."""
 
     sample: int
@@ -183,7 +157,8 @@ class Shard:
             text = self._read(PREFIX.size, length)
         if xxhash.xxh3_64_intdigest(text) != checksum:
             raise self.bad("the header's checksum does not match")
-        self.header, self.codec = self._header(text)
+        self.header = self._header(text)
+        self.codec = self.header.folder.codec
         index_at, frames, index_checksum, end_magic = FOOTER.unpack(tail[-FOOTER.size :])
         if end_magic != MAGIC or index_at + frames * INDEX.itemsize + FOOTER.size != size:
             raise self.bad("is cut short or damaged (the footer does not fit)")
@@ -194,18 +169,15 @@ class Shard:
         self.index = np.frombuffer(table, INDEX)
         self._check_index(PREFIX.size + length, index_at)
 
-    def _header(self, text: bytes) -> tuple[dict[str, Any], Codec]:
+    def _header(self, text: bytes) -> ShardHeader:
         try:
-            header = json.loads(text)
+            said = json.loads(text)
         except (ValueError, RecursionError):
             raise self.bad("the header is not JSON") from None
-        numbers = [header.get(name) for name in NUMBERS] if isinstance(header, dict) else [None]
-        if not all(type(n) is int and 0 <= n < 1 << 62 for n in numbers) or header["start"] > header["end"]:
-            raise self.bad(f"the header must give whole numbers {', '.join(NUMBERS)}, found {str(header)[:200]}")
         try:
-            return header, Codec.read(header.get("codec"))
+            return ShardHeader.read(said)
         except ValueError as error:
-            raise self.bad(f"the header's codec: {str(error)[:300]}") from None
+            raise self.bad(str(error)) from None
 
     def _check_index(self, begin: int, end: int) -> None:
         index, header, how = self.index, self.header, self.codec
@@ -213,25 +185,25 @@ class Shard:
         fits = (index["offset"] == begin + np.cumsum(sizes) - sizes).all() and begin + int(sizes.sum()) == end
         if not fits:
             raise self.bad("the frames do not lie one behind the other from the header to the index")
-        if len(index) != header["end"] - header["start"]:
-            raise self.bad(f"has {len(index)} frames for samples {header['start']} to {header['end']}")
+        if len(index) != header.end - header.start:
+            raise self.bad(f"has {len(index)} frames for samples {header.start} to {header.end}")
         raw, rows = index["raw"].astype(np.int64), index["rows"].astype(np.int64)
         per_row, per_entry = how.frame_bytes(1, 0), how.frame_bytes(0, 1)
         entries = (raw - rows * per_row) // per_entry
-        wrong = (rows > header["sequence_length"]) | (raw != rows * per_row + entries * per_entry)
+        wrong = (rows > header.folder.sequence_length) | (raw != rows * per_row + entries * per_entry)
         wrong |= (entries < 0) | (entries > rows * how.k) | (raw > sizes.astype(np.int64) * LARGEST_RATIO)
         wrong |= rows * how.k > LARGEST_PLANE
         if wrong.any() or (index["zero"] != 0).any():
-            place = header["start"] + int(np.flatnonzero(wrong | (index["zero"] != 0))[0])
+            place = header.start + int(np.flatnonzero(wrong | (index["zero"] != 0))[0])
             raise self.bad(f"sample {place}: the index entry does not fit the header or the file")
-        if (int(rows.sum()), int(entries.sum())) != (header["rows"], header["entries"]):
+        if (int(rows.sum()), int(entries.sum())) != (header.rows, header.entries):
             raise self.bad(f"the index has {rows.sum()} rows and {entries.sum()} entries, the header says otherwise")
 
     def batches(self, start: int, end: int) -> Iterator[tuple[int, int]]:
         """(first, count) of runs of samples that take a bounded amount of memory to read and decode at once."""
         first = start
         while first < end:
-            rows = self.index["rows"][first - self.header["start"] :][:MOST_FRAMES].astype(np.int64)
+            rows = self.index["rows"][first - self.header.start :][:MOST_FRAMES].astype(np.int64)
             size = np.cumsum(np.maximum(rows * self.codec.k, 1))
             count = max(int(np.searchsorted(size, MOST_SLOTS, side="right")), 1)
             yield first, min(count, end - first)
@@ -253,15 +225,15 @@ class Shard:
             "import, where it was imported) makes it anew."
         )
 
-    def read(self, first: int, count: int = 1) -> list[Raw]:
+    def read(self, first: int, count: int = 1) -> list[Frame]:
         """The frames of `count` consecutive samples, decompressed and checked.
 
         Raises:
             UserError: the shard does not hold them, or one is damaged.
         """
-        place = first - self.header["start"]
+        place = first - self.header.start
         if not 0 <= place <= place + count <= len(self.index):
-            raise self.bad(f"holds samples {self.header['start']} to {self.header['end']}, asked for {first}")
+            raise self.bad(f"holds samples {self.header.start} to {self.header.end}, asked for {first}")
         entries = self.index[place : place + count]
         if not count:
             return []
@@ -270,7 +242,7 @@ class Shard:
         found = []
         for sample, (at, size, raw, rows, _, checksum, digest) in enumerate(entries.tolist(), first):
             packed = data[at - begin : at - begin + size]
-            found.append(Raw(sample, digest, rows, self._decompressed(packed, raw, checksum, sample)))
+            found.append(Frame(sample, digest, rows, self._decompressed(packed, raw, checksum, sample)))
         return found
 
     def _decompressed(self, packed: memoryview, raw: int, checksum: int, sample: int) -> bytes:
@@ -287,7 +259,7 @@ class Shard:
             raise self.bad(f"sample {sample}: the frame's checksum does not match")
         return data
 
-    def planes(self, frames: list[Raw]) -> Planes:
+    def planes(self, frames: list[Frame]) -> Planes:
         """The rows of some of its frames, one after the other.
 
         Raises:

@@ -21,8 +21,9 @@ from pathlib import Path
 from ki_ds.errors import UserError
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.sealed import MANIFEST, Manifest, open_sealed
-from ki_ds.targets.folder import CLAIMS, ShardFolder
+from ki_ds.targets.folder import ShardFolder
 
+CLAIMS = "claims"  # where claims lie, within the folder that is being filled
 POLL_S = 0.2
 LAG_S = 60.0  # within which a shared file system shows what another node has made
 PATIENCE_S = 60.0  # with the rank that seals

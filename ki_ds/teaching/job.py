@@ -14,7 +14,6 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,15 +23,17 @@ from ki_ds.corpus.masking import View, Viewer
 from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import Distortion
-from ki_ds.kernels.select.eager import Predictions
+from ki_ds.kernels.select.pack import planes_of
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state
 from ki_ds.targets.codec import Codec, Planes
-from ki_ds.targets.folder import ShardFolder, finish
+from ki_ds.targets.distortion import Bound, Distortion, check_bound
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.manifest import TargetFacts, renamed, seal_targets
 from ki_ds.targets.selection import Selection
-from ki_ds.targets.shard import Block, check_bound, pack_block, write_shard
+from ki_ds.targets.shard import FrameBlock, pack_block, write_shard
 from ki_ds.teaching.claims import Claims, sealed_by_one, shared
 from ki_ds.teaching.teacher import Teacher
 
@@ -52,8 +53,8 @@ class TeachJob:
     samples_per_shard: int
     selection: Selection
     codec: Codec
-    header: dict[str, Any]  # of every shard
-    bound: Distortion
+    header: FolderHeader  # of every shard
+    bound: Bound
 
 
 def teach(folder: Path, identity: Identity, lesson: TeachJob, device: torch.device) -> Manifest:
@@ -66,7 +67,7 @@ def teach(folder: Path, identity: Identity, lesson: TeachJob, device: torch.devi
     if distributed.rank() == 0:
         found = state(folder, identity)
         if found in ("sealed", "unsealed"):  # what was stored once stays, on its own grid of shards
-            facts = begun(folder)
+            facts = renamed(begun(folder))
             samples = max(samples, facts.get("samples", 0))
             per_shard = facts.get("samples_per_shard", per_shard)
         elif found == "other" and not (folder / MANIFEST).exists() and not any(folder.glob("*.kit")):
@@ -89,7 +90,7 @@ def teach(folder: Path, identity: Identity, lesson: TeachJob, device: torch.devi
         for path in folder.glob("*.kit"):
             if not shards.fits(path.name):  # the last, partial shard of another length; whole ones serve a longer run
                 path.unlink(missing_ok=True)
-        return finish(folder, identity, samples, per_shard, lesson.header)
+        return seal_targets(folder, identity, TargetFacts(samples, per_shard, lesson.header))
 
     return sealed_by_one(claims, seal, f"teach {folder.name}")
 
@@ -122,21 +123,22 @@ def fill(shards: ShardFolder, claims: Claims, lesson: TeachJob, device: torch.de
                 blocks = compute(teacher, lesson, samples, device, told)
                 if blocks is not None and teacher.group.leads:
                     place = f"models.{lesson.teacher_name}: its targets from sample {start} on"
-                    check_bound(blocks, lesson.bound, lesson.codec, place)
+                    lost = Distortion.of(block.distortion_n for block in blocks)
+                    check_bound(lost, lesson.bound, lesson.codec.quantum, place)
                     store(folder / shards.name(number), lesson, start, blocks)
             progress.reach(total)
     finally:
         teacher.close()
 
 
-def store(path: Path, lesson: TeachJob, start: int, blocks: list[Block]) -> None:
+def store(path: Path, lesson: TeachJob, start: int, blocks: list[FrameBlock]) -> None:
     """Write a shard, which another rank may be writing too.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     try:
-        write_shard(path, lesson.codec, lesson.header, start, blocks)
+        write_shard(path, lesson.header, start, blocks)
     except UserError:
         if not path.exists():  # it was written by another rank, and its sealing has tidied up here
             raise
@@ -146,7 +148,7 @@ def complete(folder: Path, samples: int) -> bool:
     """Whether a sealed folder has all its shards, for so many samples or more."""
     if not (folder / MANIFEST).exists():
         return False
-    facts = read_manifest(folder)["facts"]
+    facts = renamed(read_manifest(folder)["facts"])
     return (
         facts["samples"] >= samples and not ShardFolder(folder, facts["samples"], facts["samples_per_shard"]).missing()
     )
@@ -154,7 +156,7 @@ def complete(folder: Path, samples: int) -> bool:
 
 def compute(
     teacher: Teacher, lesson: TeachJob, samples: np.ndarray, device: torch.device, told: Callable[[int], bool]
-) -> list[Block] | None:
+) -> list[FrameBlock] | None:
     """The frames of the given samples, compressed in threads while the teacher goes on.
 
     Args:
@@ -167,8 +169,8 @@ def compute(
         UserError: the teacher's prediction is not a number, or memory is short for a single sequence.
         Stopped: it was asked for.
     """
-    blocks: list[Block] = []
-    waiting: deque[Future[Block]] = deque()
+    blocks: list[FrameBlock] = []
+    waiting: deque[Future[FrameBlock]] = deque()
     place, begin = f"models.{lesson.teacher_name}", 0
     with ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders:
         while begin < len(samples):
@@ -209,7 +211,7 @@ def ask(
     try:
         found = teacher.predict(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
         broken = bool(torch.isnan(found.scalars["truth"]).any())
-        planes, distortion_n = on_host(found, lesson.codec), found.distortion_N.cpu().numpy()
+        planes, distortion_n = planes_of(found, lesson.codec), found.distortion_N.cpu().numpy()
     except torch.OutOfMemoryError:
         return None
     if broken:
@@ -221,15 +223,7 @@ def ask(
     return planes, distortion_n, view
 
 
-def on_host(found: Predictions, how: Codec) -> Planes:
-    """Predictions as they are stored."""
-    ids, values, count = (x.cpu().numpy() for x in (found.ids_NK, found.values_NK, found.count_N))
-    high = None if found.high_NK is None else found.high_NK.cpu().numpy()
-    scalars = how.store({name: x.cpu().numpy() for name, x in found.scalars.items()}, len(ids))
-    return Planes(ids.view(np.uint16), high, values, count.astype(np.uint16), scalars)
-
-
-def _pack(lesson: TeachJob, planes: Planes, distortion_n: np.ndarray, view: View) -> Block:
+def _pack(lesson: TeachJob, planes: Planes, distortion_n: np.ndarray, view: View) -> FrameBlock:
     ends = np.cumsum(view.loss_mask_BS.sum(axis=1))
     return pack_block(lesson.codec, planes, ends, lesson.viewer.digests(view), distortion_n)
 
@@ -238,7 +232,7 @@ def uniforms(
     key: int, sequences_B: np.ndarray, views_B: np.ndarray, rows_N: np.ndarray, view: View, selection: Selection
 ) -> np.ndarray | None:
     """float64 [N, draws] in [0, 1), for sampled targets: a function of the place alone, whatever the batch."""
-    if selection.kind != "sampled":
+    if not selection.counts:
         return None
     which, index = np.divmod(rows_N, view.inputs_BS.shape[1])
     places = (sequences_B[which][:, None], views_B[which][:, None], index[:, None])

@@ -84,7 +84,7 @@ class Reading:
     """What a student reads of its teachers' targets."""
 
     k: int  # entries of a row; fewer than are stored means the most probable ones
-    tail: str | None  # the scalar with the tail's weight; None: the kept entries are renormalised
+    tail: float | None  # the temperature of the tail's weight; None: the kept entries are renormalised
 
 
 class TargetCollator:
@@ -96,7 +96,7 @@ class TargetCollator:
 
     def add(self, rows_M: np.ndarray, how: Codec, planes: Planes) -> None:
         """Targets of some of the rows."""
-        if how.values == "log-probability" and planes.ids_nK.shape[1] > self.reading.k:
+        if not how.counts and planes.ids_nK.shape[1] > self.reading.k:
             planes = how.prefix(planes, self.reading.k)
         self.parts.append((rows_M, how, planes))
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ki_ds.kernels.logit_transform import ALIGNMENT, LogitTransform
 from ki_ds.kernels.loss.reference import Rows
-from ki_ds.kernels.packed import COARSE, FINE
+from ki_ds.targets.quanta import COARSE, FINE
 
 BLOCK_K = 128  # kept ids at a time
 # columns at a time, and warps: so many that the rows under way, read twice, fit in the L2 cache (300 KB a processor)

@@ -16,42 +16,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ki_ds.kernels.dispatch import choose
 from ki_ds.kernels.logit_transform import IDENTITY, LogitTransform, head, logits_buffer, multiply
-from ki_ds.kernels.packed import COARSE, FINE
-from ki_ds.targets.selection import Selection, scalar_names, tail_name
+from ki_ds.kernels.select.pack import Predictions, Selected, pack
+from ki_ds.targets.quanta import LARGEST
+from ki_ds.targets.scalars import Scalar, scalars_of, stored
+from ki_ds.targets.selection import Selection
 
 LOGIT_BYTES = {"chunked": 64 << 20, "triton": 128 << 20}  # of logits at once
 CACHED_BYTES = 4 << 20  # of these, what a CPU selects from at once, so that it stays in the cache
-LARGEST = 255  # of the values plane
 GROUP = 32  # consecutive ids of which only the largest logit is looked at first
 BLOCK = 256  # consecutive ids whose mass is cumulated as one
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """Packed predictions (`ki_ds.targets.codec.Planes`, `PackedTargets`) as tensors of one device; nats."""
-
-    ids_NK: Tensor  # int16, the low 16 bits; rising within a row, 0 where an entry does not hold
-    high_NK: Tensor | None  # uint8, the bits above; None where the vocabulary fits in 16 bits
-    values_NK: Tensor  # uint8, how far below the row's most probable id; or counts
-    count_N: Tensor  # int32, entries that hold
-    scalars: dict[str, Tensor]  # float32 [N]
-    distortion_N: Tensor  # float32, KL(original ‖ decoded) over the kept entries; the largest over the temperatures
-
-
-@dataclass(frozen=True)
-class Selected:
-    """Kept ids and what is said of them; scalars in nats."""
-
-    ids_NK: Tensor  # int64
-    given_NK: Tensor  # float32 log-probabilities less the row's largest, -inf where none holds; or int64 counts
-    scalars: dict[str, Tensor]  # float32 [N]
 
 
 def select_targets(
@@ -102,7 +81,7 @@ def select_targets(
             labels, uniforms = labels_N[chunk], None if uniforms_NK is None else uniforms_NK[chunk]
             product_NV = buffer_NV[: len(labels)]
             multiply(hidden_ND[chunk], weight_VD, bias_V, product_NV)
-            if impl == "triton" and selection.kind != "sampled":
+            if impl == "triton" and not selection.counts:
                 parts.append(_select_triton(product_NV, labels, selection, temperatures, logits))
                 continue
             for here in _slices(len(labels), _eager_rows(impl, vocabulary, selection, hidden_ND)):
@@ -121,7 +100,7 @@ def _check(
     temperatures: Sequence[float],
     uniforms_NK: Tensor | None,
 ) -> None:
-    sampled = selection.kind == "sampled"
+    sampled = selection.counts
     if selection.kind not in ("top_k", "top_p", "sampled"):
         raise ValueError(f"a selection {selection.kind!r}; expected top_k, top_p or sampled")
     if not all(0 < t < math.inf for t in (*temperatures, selection.temperature)):
@@ -147,7 +126,7 @@ def _eager_rows(impl: str, vocabulary: int, selection: Selection, hidden_ND: Ten
     """Rows of a chunk that torch selects from at once; each draw looks into a block of its own, in float64."""
     if impl == "reference":
         return len(hidden_ND)
-    width = max(vocabulary, 4 * BLOCK * selection.k) if selection.kind == "sampled" else vocabulary
+    width = max(vocabulary, 4 * BLOCK * selection.k) if selection.counts else vocabulary
     return (LOGIT_BYTES[impl] if hidden_ND.is_cuda else CACHED_BYTES) // (4 * width)
 
 
@@ -173,13 +152,13 @@ def select(
     temperatures: Sequence[float] = (),
     uniforms_NK: Tensor | None = None,
 ) -> Selected:
-    """Select ids of each row, with the scalars that `scalar_names` lists; arguments as in `select_targets`.
+    """Select ids of each row, with the scalars that `scalars_of` lists; arguments as in `select_targets`.
 
-    `tail@τ` is log Σ_{v not kept} exp((log p_v - log p_first) / τ), from which tempered probabilities follow exactly.
+    The tail at τ: log Σ_{v not kept} exp((log p_v - log p_first) / τ), from which tempered probabilities follow.
     """
     logits = logits_NV.float()
     truth_N = _of_label(logits, labels_N)
-    if selection.kind == "sampled":
+    if selection.counts:
         assert uniforms_NK is not None
         ids, counts = draw(logits, uniforms_NK, selection.temperature)
         return Selected(ids, counts, {"truth": truth_N - logits.logsumexp(dim=1)})
@@ -236,9 +215,9 @@ def _selected(
         cut_NK = below_NK.masked_fill(torch.isfinite(logp_NK), -torch.inf)
         rest_NT = rest_NT + torch.stack([(cut_NK * (1 / t)).exp().sum(dim=1) for t in temperatures], dim=1)
         below_NK = below_NK.masked_fill(torch.isneginf(logp_NK), -torch.inf)
-    tails = dict(zip(map(tail_name, temperatures), rest_NT.log().unbind(dim=1), strict=True))
-    scalars = {"first": -total_N, "truth": truth_N - first_N - total_N, **tails}
-    return Selected(ids_NK, below_NK, {name: scalars[name] for name in scalar_names(selection, temperatures)})
+    scalars: dict[Scalar, Tensor] = {"first": -total_N, "truth": truth_N - first_N - total_N}
+    scalars |= zip(map(stored, temperatures), rest_NT.log().unbind(dim=1), strict=True)
+    return Selected(ids_NK, below_NK, {scalar: scalars[scalar] for scalar in scalars_of(selection, temperatures)})
 
 
 def top_k(logits_NV: Tensor, k: int) -> Tensor:
@@ -303,43 +282,3 @@ def draw(logits_NV: Tensor, uniforms_NK: Tensor, temperature: float = 1.0) -> tu
 def _under(x: Tensor) -> Tensor:
     """The next smaller number."""
     return x.nextafter(torch.zeros_like(x))
-
-
-# ------------------------------------------------------------------------------------------------------------ packing
-
-
-def pack(found: Selected, k: int, quantum: float, temperatures: Sequence[float], wide: bool) -> Predictions:
-    """Packed rows of K entries; with a high plane where `wide`. The same numbers as `Codec.pack`."""
-    if quantum == 0:
-        kept, values = found.given_NK > 0, found.given_NK
-        distortion_N = values.new_zeros(len(values), dtype=torch.float32)
-    else:
-        kept = torch.isfinite(found.given_NK)
-        values, distortion_N = quantise(found.given_NK, kept, quantum, temperatures)
-    # a row in one sort: words of id and value; what does not hold comes last
-    words = ((found.ids_NK << 8) | values).masked_fill(~kept, torch.iinfo(torch.int64).max).sort(dim=1).values[:, :k]
-    count_N = kept.sum(dim=1)
-    words = words.masked_fill(torch.arange(k, device=words.device) >= count_N[:, None], 0)
-    ids = words >> 8
-    high = (ids >> 16).to(torch.uint8) if wide else None
-    return Predictions(
-        ids.to(torch.int16), high, (words & 0xFF).to(torch.uint8), count_N.to(torch.int32), found.scalars, distortion_N
-    )
-
-
-def quantise(logp_NK: Tensor, kept_NK: Tensor, quantum: float, temperatures: Sequence[float]) -> tuple[Tensor, Tensor]:
-    """int64 [N, K] values; float32 [N] KL(original ‖ decoded), the largest over the temperatures."""
-    below = torch.where(kept_NK, -logp_NK, 0)
-    steps = below * (1 / quantum)
-    coarse = ((steps - FINE) * (1 / COARSE)).round()
-    values = steps.round()
-    values = torch.where(values > FINE, (FINE + coarse).clamp(max=LARGEST), values)
-    decoded = (values + (COARSE - 1) * (values - FINE).clamp(min=0)) * quantum
-    distortion_N = below.new_zeros(len(below))
-    # KL = Σ p·d + log(Σ exp(-b) / Σ exp(-a)) for a = below, b = decoded, d = b - a; without cancellation
-    for temperature in temperatures:
-        weight, found = ((x * (-1 / temperature)).exp() * kept_NK for x in (below, decoded))
-        total = weight.sum(dim=1).clamp(min=1e-30)  # a row without entries
-        moved = (weight * (decoded - below)).sum(dim=1) / (total * temperature)
-        distortion_N = torch.maximum(distortion_N, ((found - weight).sum(dim=1) / total).log1p() + moved)
-    return values.long(), distortion_N

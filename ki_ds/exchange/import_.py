@@ -6,17 +6,20 @@ import shutil
 from pathlib import Path
 
 from ki_ds.errors import UserError
-from ki_ds.exchange.tables import Answers, blocks
-from ki_ds.exchange.teacher_inputs import TeacherInputs, header
+from ki_ds.exchange.answers import Answers, blocks
+from ki_ds.exchange.teacher_inputs import TeacherInputs, folder_header
 from ki_ds.experiment.schema import Experiment
 from ki_ds.files import file_digest
 from ki_ds.progress import Progress
 from ki_ds.sealed import Identity, prepare, read_unsealed, reopen, state
-from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec
-from ki_ds.targets.folder import finish, open_folder
+from ki_ds.targets.distortion import Distortion, check_bound
+from ki_ds.targets.header import Origin
+from ki_ds.targets.manifest import TargetFacts, open_folder, seal_targets
+from ki_ds.targets.quanta import quantum
+from ki_ds.targets.scalars import Scalar
 from ki_ds.targets.selection import Selection
-from ki_ds.targets.shard import Block, check_bound, shard_name, write_shard
+from ki_ds.targets.shard import FrameBlock, shard_name, write_shard
 
 
 def make(
@@ -33,13 +36,13 @@ def make(
     if not 0 < longest <= min(1024, size):
         raise UserError(f"{path}: rows of up to {longest} ids; expected 1 to {min(1024, size)}")
     selection = Selection("top_k", longest)
-    scalars = ("first", *(("truth",) if answers.truth else ()), "tail@1")
-    how = Codec(size, longest, codec.quantum(experiment.target_distortion.mean), scalars=scalars)
+    scalars: tuple[Scalar, ...] = ("first", *(("truth",) if answers.truth else ()), 1.0)
+    how = Codec(size, longest, quantum(experiment.target_distortion.mean), scalars)
     digests = {"answers": file_digest(path), f"corpora/{corpus}": inputs.tokens.digest}
-    teacher = {"name": name, "digest": digests["answers"]}
-    said = header(experiment, corpus, inputs.tokens, inputs.tokenizer.digest, teacher, selection.record, how)
+    teacher = Origin(name, digests["answers"])
+    header = folder_header(experiment, corpus, inputs.tokens, inputs.tokenizer.digest, teacher, selection, how)
     per_shard = experiment.samples_per_shard
-    identity = Identity("teach", {**said, "samples_per_shard": per_shard}, digests)
+    identity = Identity("teach", {**header.record, "samples_per_shard": per_shard}, digests)
     if state(folder) == "unsealed" and "answers" in read_unsealed(folder)["inputs"]:
         shutil.rmtree(folder)  # of an import that failed: answers may have been corrected since
     if state(folder, identity) == "sealed" and open_folder(folder).missing():
@@ -47,12 +50,13 @@ def make(
     found = prepare(folder, identity)
     if found is not None:
         return int(found.facts["samples"])
-    done, waiting = 0, list[Block]()
+    done, waiting = 0, list[FrameBlock]()
 
     def flush() -> None:
         nonlocal done, waiting
-        check_bound(waiting, experiment.target_distortion, how, f"{path}: samples from {done} on")
-        write_shard(folder / shard_name(done, done + len(waiting)), how, said, done, waiting)
+        lost = Distortion.of(block.distortion_n for block in waiting)
+        check_bound(lost, experiment.target_distortion, how.quantum, f"{path}: samples from {done} on")
+        write_shard(folder / shard_name(done, done + len(waiting)), header, done, waiting)
         done, waiting = done + len(waiting), []
 
     with Progress(f"import {path.name}", None, "samples") as progress:
@@ -65,5 +69,5 @@ def make(
             flush()
     if not done:
         raise UserError(f"{path}: has no rows")
-    finish(folder, identity, done, per_shard, said)
+    seal_targets(folder, identity, TargetFacts(done, per_shard, header))
     return done

@@ -1,17 +1,8 @@
-"""To and from other trainers: targets as Parquet or safetensors, questions to teachers that run elsewhere, and their
-answers.
-
-A row of an exported or imported table is one row:
-
-    sample int64 | index int32 in its sequence | token int32, the true one | truth float32, its log-probability
-    ids list<int32> | logprobs list<float32>, natural, at temperature 1, by falling probability (counts, where drawn)
-"""
+"""Answers of a teacher elsewhere: read, checked against the inputs that it was to be shown, and packed."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,142 +11,16 @@ import numpy as np
 
 from ki_ds.errors import UserError
 from ki_ds.exchange.teacher_inputs import TeacherInputs
+from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.targets.codec import Codec
-from ki_ds.targets.folder import ShardFolder
-from ki_ds.targets.shard import Block, pack_block
+from ki_ds.targets.scalars import Scalar
+from ki_ds.targets.shard import FrameBlock, pack_block
 
-FRAMES = 64  # samples at once
 MASS_SLACK = 1e-3
 
 
-@dataclass(frozen=True)
-class Table:
-    """Rows of consecutive samples."""
-
-    sample_n: np.ndarray
-    index_n: np.ndarray | None
-    token_n: np.ndarray | None
-    truth_n: np.ndarray | None
-    count_n: np.ndarray
-    ids_E: np.ndarray  # int32, row after row
-    values_E: np.ndarray  # float32 log-probabilities, or int32 counts
-
-    @property
-    def values(self) -> str:
-        """What the values are, as their column is called."""
-        return "counts" if self.values_E.dtype == np.int32 else "logprobs"
-
-    def scalars(self) -> dict[str, np.ndarray | None]:
-        """The columns with one number a row; None where it is not known."""
-        return {"sample": self.sample_n, "index": self.index_n, "token": self.token_n, "truth": self.truth_n}
-
-
-def tables(shards: ShardFolder, inputs: TeacherInputs | None) -> Iterator[Table]:
-    """The folder's rows, some samples at a time; index and token where the corpus is at hand."""
-    how = shards.codec
-    for samples in shards.batches():
-        start, read = int(samples[0]), shards.read(samples)
-        planes = read.planes
-        given = planes.values_nK.astype(np.float32) if how.values == "count" else how.log_probabilities(planes)
-        kept = planes.kept()
-        order = np.argsort(np.where(kept, -given, np.inf), axis=1, kind="stable")
-        ids, given = (np.take_along_axis(x, order, axis=1)[kept] for x in (planes.ids(), given))  # kept come first
-        index = token = None
-        if inputs is not None:
-            view = inputs.view(samples)
-            if inputs.viewer.digests(view).tolist() != read.digests:
-                raise UserError(
-                    f"{shards.folder}: sample {start} or soon after: the teacher saw another input than the "
-                    f"corpus in {inputs.tokens.manifest.path} gives"
-                )
-            index, token, _ = inputs.rows(view)
-        yield Table(
-            np.repeat(samples, read.rows), index, token,
-            how.scalar(planes, "truth") if "truth" in how.scalars else None, planes.count_n,
-            ids.astype(np.int32), given.astype(np.int32 if how.values == "count" else np.float32),
-        )  # fmt: skip
-
-
-@contextmanager
-def _parquet(path: Path) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Writes columns to a Parquet file, part by part; the file is whole or absent."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    temporary, writer = path.with_name(path.name + ".tmp"), None
-
-    def write(columns: dict[str, Any]) -> None:
-        nonlocal writer
-        table = pa.table(columns)
-        writer = writer or pq.ParquetWriter(temporary, table.schema, compression="zstd")
-        writer.write_table(table)
-
-    try:
-        yield write
-        if writer:
-            writer.close()
-            temporary.rename(path)
-    finally:
-        if writer and writer.is_open:
-            writer.close()
-        temporary.unlink(missing_ok=True)
-
-
-def _lists(ends: np.ndarray, values: np.ndarray) -> Any:
-    """An Arrow column of int32 or float32 lists that end at `ends`."""
-    import pyarrow as pa
-
-    begins = np.concatenate([[0], ends]).astype(np.int32)
-    kind = np.float32 if values.dtype.kind == "f" else np.int32
-    return pa.ListArray.from_arrays(pa.array(begins), pa.array(values.astype(kind)))
-
-
-def export_parquet(parts: Iterator[Table], path: Path) -> int:
-    """Write tables to one Parquet file; the number of rows."""
-    total = 0
-    with _parquet(path) as write:
-        for part in parts:
-            ends = np.cumsum(part.count_n, dtype=np.int64)
-            columns = {name: values for name, values in part.scalars().items() if values is not None}
-            write({**columns, "ids": _lists(ends, part.ids_E), part.values: _lists(ends, part.values_E)})
-            total += len(part.sample_n)
-    return total
-
-
-def export_arrays(parts: Iterator[Table], folder: Path) -> int:
-    """Write tables as safetensors, `rows-<first sample>.safetensors`, ids and log-probabilities flat beside the
-    rows' `ends`; the number of rows."""
-    from safetensors.numpy import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    total = 0
-    for part in parts:
-        arrays = {name: np.ascontiguousarray(values) for name, values in part.scalars().items() if values is not None}
-        arrays |= {"ends": np.cumsum(part.count_n, dtype=np.int64), "ids": part.ids_E, part.values: part.values_E}
-        if len(part.sample_n):
-            save_file(arrays, folder / f"rows-{int(part.sample_n[0]):09d}.safetensors")
-        total += len(part.sample_n)
-    return total
-
-
-def ask(inputs: TeacherInputs, samples: int, path: Path) -> int:
-    """Write the questions: `sample`, `input_ids` and the `index` and true `token` of each row as lists; their number
-    of rows."""
-    total = 0
-    with _parquet(path) as write:
-        for start in range(0, samples, FRAMES):
-            here = np.arange(start, min(start + FRAMES, samples))
-            view = inputs.view(here)
-            index, token, ends = inputs.rows(view)
-            whole = np.arange(1, len(here) + 1) * view.inputs_BS.shape[1]
-            ids = _lists(whole, view.inputs_BS.reshape(-1))
-            write({"sample": here, "input_ids": ids, "index": _lists(ends, index), "token": _lists(ends, token)})
-            total += len(index)
-    return total
-
-
 class Answers:
-    """A Parquet file of rows (see above; `truth` may be left out), checked against the teacher inputs."""
+    """A Parquet file of rows, as `ki_ds.exchange.export` writes them; `truth` may be left out."""
 
     NEEDED = ("sample", "index", "token", "ids", "logprobs")
 
@@ -177,6 +42,8 @@ class Answers:
             raise UserError(f"{path}: is not a Parquet file ({str(error).splitlines()[0]})") from None
         names = set(self.file.schema_arrow.names)
         missing = [name for name in self.NEEDED if name not in names]
+        if "sample" in missing and "position" in names:
+            raise UserError(f"{path}: has a column position, which is now called sample: rename it")
         if missing:
             listed = ", ".join(sorted(names))
             raise UserError(f"{path}: has the columns {listed}; missing: {', '.join(missing)}. `ki-ds targets ask` "
@@ -237,7 +104,7 @@ class Answers:
         return found
 
 
-def blocks(answers: Answers, inputs: TeacherInputs, how: Codec, limit: int) -> Iterator[Block]:
+def blocks(answers: Answers, inputs: TeacherInputs, how: Codec, limit: int) -> Iterator[FrameBlock]:
     """The answers packed, a block a sample, from sample 0 on; `limit` samples are all there can be.
 
     Raises:
@@ -245,7 +112,7 @@ def blocks(answers: Answers, inputs: TeacherInputs, how: Codec, limit: int) -> I
     """
     expected = 0
 
-    def nothing() -> Block | None:
+    def nothing() -> FrameBlock | None:
         """The next sample, where it has no row: a masked sequence may have none, and nobody answers for it."""
         view = inputs.view(np.array([expected]))
         if expected >= limit or view.loss_mask_BS.any():
@@ -284,7 +151,7 @@ def blocks(answers: Answers, inputs: TeacherInputs, how: Codec, limit: int) -> I
 
 def _block(
     place: str, rows: dict[str, Any] | None, order: np.ndarray, digests: np.ndarray, ends: np.ndarray, how: Codec
-) -> Block:
+) -> FrameBlock:
     if rows is None:
         return pack_block(how, how.empty(0), ends, digests, np.zeros(0, np.float32))
     lengths = rows["ids lengths"]
@@ -308,13 +175,13 @@ def _block(
     first = logp.max(axis=1, initial=-np.inf).astype(np.float64)
     with np.errstate(divide="ignore", invalid="ignore"):
         tail = np.log(np.maximum(1 - mass, 0)) - first
-    scalars = {"first": first, "tail@1": np.where(np.isfinite(first), tail, -np.inf)}
-    if "truth" in how.scalars:
+    scalars: dict[Scalar, np.ndarray] = {"first": first, 1.0: np.where(np.isfinite(first), tail, -np.inf)}
+    if how.stores("truth"):
         scalars["truth"] = rows["truth"][order].astype(np.float64)
         if (scalars["truth"] > np.where(np.isfinite(first), first, 0) + MASS_SLACK).any():
             raise UserError(f"{place}: truth is above the log-probability of the most probable id in logprobs")
     try:
-        planes, distortion_n = how.pack(ids, logp, scalars)
+        planes, distortion_n = pack_arrays(how, ids, logp, scalars)
     except ValueError as error:
         raise UserError(f"{place}: {error}") from None
     return pack_block(how, planes, ends, digests, distortion_n)
