@@ -8,12 +8,14 @@ with activation checkpointing; *h*: GiB of host memory a rank; *n*: GiB of NVMe.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
 from tabulate import tabulate
 
 from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.engine.config import EngineConfig
 from ki_ds.models import architectures
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Kept, Pass, kept
@@ -35,13 +37,11 @@ CASES: list[tuple[str, Any, str, int, int, float, int]] = [
 RANKS = (1, 8, 64)
 SIZES = (24, 40, 80)  # GB
 LEFT_OUT = ("fp16", "extras", "cluster")  # as much as bf16, and others with keys that one adds
-BF16 = {"bf16": {"enabled": True}}
-CHECKPOINTED = {"activation_checkpointing": {}}
 
 
 def main() -> None:
     shipped = {name: c for name, c in shipped_engines().items() if not any(word in name for word in LEFT_OUT)}
-    engines = in_order(shipped, BF16)
+    engines = in_order(shipped, shipped["zero1_bf16.json"])
     rows = []
     for name, architecture, objective, vocabulary, length, share, sequences in CASES:
         config = architectures.configuration(
@@ -54,7 +54,7 @@ def main() -> None:
         def activations(how: Pass, config: Any = config, objective: str = objective) -> Kept:
             return kept(config, objective, how)
 
-        def need(engine: dict[str, Any], ranks: int) -> memory.Estimate:
+        def need(engine: EngineConfig, ranks: int) -> memory.Estimate:
             one, two = (activations(Pass.of(count, length, engine, True)) for count in (1, 2))  # noqa: B023
             held = Kept(*(a + (sequences - 1) * (b - a) for a, b in zip(one, two, strict=True)))  # noqa: B023
             micro = memory.Micro(sequences * length, int(sequences * length * share), 100, held)  # noqa: B023
@@ -64,8 +64,8 @@ def main() -> None:
             cells = []
             for size in SIZES:
                 room = Room(True, size * GIB)
-                ways = (({}, ""), (CHECKPOINTED, " *ck*"))
-                tries = [(e, c | extra, mark) for extra, mark in ways for e, c in engines]
+                ways = ((False, ""), (True, " *ck*"))
+                tries = [(e, replace(c, activation_checkpointing=on), mark) for on, mark in ways for e, c in engines]
                 found = next(((e, n, m) for e, c, m in tries if room.holds(n := need(c, ranks))), None)
                 cells.append("none" if found is None else said(*found))
             first = ranks == RANKS[0]

@@ -19,6 +19,7 @@ import torch
 from tabulate import tabulate
 
 from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.engine import Engine
 from ki_ds.experiment.schema import Train
 from ki_ds.launch import distributed
@@ -62,7 +63,7 @@ def main() -> None:
             if stage == 0 and precision.startswith("bf16"):
                 continue  # refused: DeepSpeed takes a wrong first step there
             zero = {"stage": stage, "reduce_bucket_size": a.bucket, "allgather_bucket_size": a.bucket}
-            engine = {"zero_optimization": zero} | PRECISIONS[precision]
+            engine = EngineConfig.read({"zero_optimization": zero} | PRECISIONS[precision], precision)
             measured, parameters = measure(config, objective, a, engine)
             said = expected(config, objective, a, engine)
             if distributed.rank() == 0:
@@ -82,7 +83,7 @@ def main() -> None:
         print(tabulate(rows, head, tablefmt="pipe", floatfmt=("", "", "", ".1f", ".1f", ".2f", ".1f")), flush=True)
 
 
-def expected(config: Any, objective: str, a: argparse.Namespace, engine: dict[str, Any]) -> memory.Estimate:
+def expected(config: Any, objective: str, a: argparse.Namespace, engine: EngineConfig) -> memory.Estimate:
     """What `ki_ds.planning.memory` says."""
     model = memory.outlined(config, objective)
     how = Pass.of(a.sequences, a.length, engine, gpu=torch.cuda.is_available())
@@ -91,7 +92,7 @@ def expected(config: Any, objective: str, a: argparse.Namespace, engine: dict[st
     return memory.estimate(model, micro, distributed.world_size(), engine, how.gpu)
 
 
-def measure(config: Any, objective: str, a: argparse.Namespace, engine_json: dict[str, Any]) -> tuple[float, int]:
+def measure(config: Any, objective: str, a: argparse.Namespace, chosen: EngineConfig) -> tuple[float, int]:
     """(bytes that torch had allocated, at the highest, parameters) from the making of the model on."""
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -101,7 +102,7 @@ def measure(config: Any, objective: str, a: argparse.Namespace, engine_json: dic
         size = a.sequences * MICRO_BATCHES * distributed.world_size()
         settings = Train(on={"a": 1.0}, steps=10, batch_size=size, micro_batch_size=a.sequences, learning_rate=1e-4)
         plan = BatchLayout(size, a.sequences, distributed.rank(), distributed.world_size())
-        engine = Engine(student, settings, plan, engine_json)
+        engine = Engine(student, settings, plan, chosen)
         engine.deepspeed.train()
         for _ in range(2):
             for micro in range(MICRO_BATCHES):

@@ -18,6 +18,7 @@ from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.engine import config as engine_config
 from ki_ds.engine import optimizers
+from ki_ds.engine.config import EngineConfig, InferenceEngineConfig
 from ki_ds.errors import UserError
 from ki_ds.exchange.teacher_inputs import folder_header
 from ki_ds.experiment.graph import Needed, Stage, needs, targets_needed, taught_by
@@ -34,7 +35,6 @@ from ki_ds.targets.manifest import open_folder
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.source import Place, place
 from ki_ds.targets.spec import TargetSpec
-from ki_ds.teaching import teacher as inference
 from ki_ds.training.batches import BatchLayout, Lane, Loader, Reading
 
 # where ds_configs stands: in a checkout, in an installed package
@@ -73,37 +73,26 @@ class Workspace:
     # ------------------------------------------------------------------------------------------------ inputs
 
     @cached_property
-    def engine_config(self) -> dict[str, Any]:
+    def engine_config(self) -> EngineConfig:
         """The DeepSpeed JSON, checked."""
-        config, source = self._deepspeed_json(self.experiment.engine, "engine")
-        engine_config.check(config, source)
+        config = EngineConfig.read(*self._deepspeed_json(self.experiment.engine, "engine"))
         for name, model in self.experiment.models.items():
             if model.train:
-                optimizers.check_fit(model.train, config, f"models.{name}", source)
+                optimizers.check_fit(model.train, config, f"models.{name}")
         return config
 
     @cached_property
-    def inference_config(self) -> dict[str, Any] | None:
+    def inference_config(self) -> InferenceEngineConfig | None:
         """The DeepSpeed JSON by which teachers are partitioned, checked; None: they are not."""
         given = self.experiment.inference
         if given.engine is None:
             return None
-        config, source = self._deepspeed_json(given.engine, "inference.engine")
-        inference.check_config(config, source, given.precision)
-        return config
+        return InferenceEngineConfig.read(*self._deepspeed_json(given.engine, "inference.engine"), given.precision)
 
-    def _deepspeed_json(self, given: str | dict[str, Any], place: str) -> tuple[dict[str, Any], str]:
+    def _deepspeed_json(self, given: str | dict[str, Any], place: str) -> tuple[Any, str]:
+        """The JSON and where it comes from."""
         source = place if isinstance(given, dict) else str(self.find(given, place))
-        config = given if isinstance(given, dict) else read_json(Path(source))
-        if not isinstance(config, dict):
-            raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
-        return config, source
-
-    @property
-    def engine_source(self) -> str:
-        """Where the DeepSpeed JSON comes from, for errors."""
-        given = self.experiment.engine
-        return "engine" if isinstance(given, dict) else str(self.find(given, "engine"))
+        return given if isinstance(given, dict) else read_json(Path(source)), source
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:

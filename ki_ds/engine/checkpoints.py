@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ki_ds.engine import config as engine_config
 from ki_ds.engine import optimizers, universal
 from ki_ds.errors import UserError, reason
 from ki_ds.files import remedy, sync, write_atomically
@@ -36,7 +35,7 @@ class Checkpoint:
     step: int
     state: dict[str, Any]
     world_size: int
-    stage: int
+    zero_stage: int
     groups: list[dict[str, list[int]]]  # names and shapes of the parameters in the optimizer's groups
 
 
@@ -67,7 +66,7 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
     if distributed.rank() == 0:
         record = {
             "step": step, "state": state, "world_size": distributed.world_size(),
-            "stage": engine_config.stage(engine.config), "groups": _groups(engine),
+            "zero_stage": engine.zero_optimization_stage(), "groups": _groups(engine),
             "files": {name: size for one in files for name, size in one.items()},
         }  # fmt: skip
         write_atomically(here / RECORD, json.dumps(record, indent=1).encode())
@@ -141,7 +140,8 @@ def _damage(here: Path) -> str:
 
 def _read(here: Path) -> Checkpoint:
     record = json.loads((here / RECORD).read_bytes())
-    return Checkpoint(here, record["step"], record["state"], record["world_size"], record["stage"], record["groups"])
+    zero_stage = record["zero_stage" if "zero_stage" in record else "stage"]  # as it once was called
+    return Checkpoint(here, record["step"], record["state"], record["world_size"], zero_stage, record["groups"])
 
 
 def resume(engine: Any, folder: Path, state: dict[str, Any]) -> int:
@@ -158,12 +158,13 @@ def resume(engine: Any, folder: Path, state: dict[str, Any]) -> int:
         raise UserError(
             f"{found.folder}: belongs to another run: {json.dumps(found.state)}, expected {json.dumps(state)}"
         )
-    stage = engine_config.stage(engine.config)
+    zero_stage = engine.zero_optimization_stage()
     with heartbeat.lengthy(f"loading {found.folder}"):
-        if (found.stage, found.world_size) == (stage, distributed.world_size()) or found.stage == stage == 0:
+        same_ranks = found.world_size == distributed.world_size() or zero_stage == 0
+        if found.zero_stage == zero_stage and same_ranks:
             _load(engine, found)
         else:
-            _load_elsewhere(engine, stage, found)
+            _load_elsewhere(engine, zero_stage, found)
     return found.step
 
 
@@ -184,19 +185,19 @@ def _load(engine: Any, found: Checkpoint) -> None:
             group.setdefault(key, value)
 
 
-def _load_elsewhere(engine: Any, stage: int, found: Checkpoint) -> None:
+def _load_elsewhere(engine: Any, zero_stage: int, found: Checkpoint) -> None:
     """Load a checkpoint of another number of ranks or another ZeRO stage."""
     if distributed.rank() == 0:
         say(
-            f"  {found.folder.name}: made by {found.world_size} ranks at ZeRO {found.stage}, converted for "
-            f"{distributed.world_size()} at ZeRO {stage}"
+            f"  {found.folder.name}: made by {found.world_size} ranks at ZeRO {found.zero_stage}, converted for "
+            f"{distributed.world_size()} at ZeRO {zero_stage}"
         )
     converted = found.folder.parent / f"universal-{found.folder.name}"
     try:
         if distributed.rank() == 0:
             shutil.rmtree(converted, ignore_errors=True)
-        universal.convert(found.folder, found.stage, found.groups, converted)
-        universal.load(engine, stage, converted)
+        universal.convert(found.folder, found.zero_stage, found.groups, converted)
+        universal.load(engine, zero_stage, converted)
         distributed.barrier()
     finally:
         if distributed.rank() == 0:
@@ -209,7 +210,7 @@ def export(engine: Any, folder: Path) -> None:
     import deepspeed
 
     model: LanguageModel = engine.module
-    partitioned = engine_config.stage(engine.config) == 3
+    partitioned = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=partitioned):
         if distributed.rank() == 0:
             model.whole().save_pretrained(folder, safe_serialization=True)

@@ -1,107 +1,180 @@
-"""The engine JSON, a DeepSpeed configuration: what is refused, and what it says of a run."""
+"""The engine JSON, a DeepSpeed configuration: read once, into what the rest of the package asks of it."""
 
 from __future__ import annotations
 
-import importlib
-import json
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal, TypeVar
 
-from pydantic import ValidationError
-
-from ki_ds.engine import features, optimizers
-from ki_ds.errors import UserError, nearest
+from ki_ds.engine import refusals
+from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
-from ki_ds.launch import distributed
 
-OWNED = {
-    "train_batch_size": "train.batch_size",
-    "train_micro_batch_size_per_gpu": "train.micro_batch_size",
-    "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
-    "gradient_clipping": "train.gradient_clipping",
-    "scheduler": "train.learning_rate and train.warmup",
-}
-
-KNOWN = (
-    "fp16", "bf16", "zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "optimizer",
-    "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler",
-    "tensorboard", "wandb", "csv_monitor", "comet", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio",
-    "checkpoint", "compile", "timers", "ki_ds",
-)  # fmt: skip
-OURS = ("ki_ds", "optimizer", "activation_checkpointing")  # read here, and kept from DeepSpeed
-MODELS = {  # DeepSpeed's own descriptions of blocks, which name what it does not know
-    "zero_optimization": ("deepspeed.runtime.zero.config", "DeepSpeedZeroConfig"),
-    "fp16": ("deepspeed.runtime.precision_config", "DeepSpeedFP16Config"),
-    "bf16": ("deepspeed.runtime.precision_config", "DeepSpeedBF16Config"),
-    "tensorboard": ("deepspeed.monitor.config", "TensorBoardConfig"),
-    "wandb": ("deepspeed.monitor.config", "WandbConfig"),
-    "csv_monitor": ("deepspeed.monitor.config", "CSVConfig"),
-    "comet": ("deepspeed.monitor.config", "CometConfig"),
-}
-FREE = {"stage", "enabled"}  # checked here, without the seconds that importing DeepSpeed takes
-OLD_OFFLOAD = {
-    "cpu_offload": "offload_optimizer", "cpu_offload_params": "offload_param", "cpu_offload_param": "offload_param",
-    "cpu_offload_use_pin_memory": "offload_optimizer",
-}  # fmt: skip
-UNSUPPORTED = {
-    "zenflow": "ZenFlow updates with gradients of earlier steps",
-    "legacy_stage1": "DeepSpeed has removed it",
-    "elastic_checkpoint": "DeepSpeed has removed it",
-}
+Precision = Literal["fp32", "bf16", "fp16"]
+Device = Literal["none", "cpu", "nvme"]
+# what changes rounding, and with it the identity of what is trained
+ROUNDING = ("fp16", "bf16", "torch_autocast", "data_types", "communication_data_type")
+QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
+MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
-def check(config: dict[str, Any], source: str) -> None:
-    """Refuse an engine JSON that gives a number of the experiment's, or a combination known to be wrong.
+@dataclass(frozen=True)
+class Offload:
+    """Where something is kept that leaves the GPU: host memory ("cpu"), NVMe, or "none": it stays."""
 
-    Raises:
-        UserError: naming the key.
-    """
-    for key in config:
-        if key not in KNOWN and key not in OWNED:
-            raise UserError(f"{source}: {key}: unknown key of a DeepSpeed configuration{nearest(key, KNOWN)}")
-    for key in ("fp16", "bf16", "zero_optimization"):
-        block = config.get(key, {})
-        if not isinstance(block, dict) or not isinstance(block.get("enabled", False), bool):
-            raise UserError(f'{source}: {key}: found {json.dumps(block)}; expected an object, "enabled" true or false')
-        if key != "zero_optimization" and block and "enabled" not in block:
-            raise UserError(f'{source}: {key}: "enabled" is missing, so DeepSpeed would ignore the rest')
-    found = config.get("zero_optimization", {}).get("stage", 0)
-    if found not in (0, 1, 2, 3):
-        raise UserError(f"{source}: zero_optimization.stage: found {json.dumps(found)}; allowed: 0, 1, 2, 3")
-    for key, owner in OWNED.items():
-        if config.get(key, "auto") != "auto":
-            raise UserError(
-                f"{source}: {key}: the experiment owns this number ({owner}); leave it out of the engine JSON"
-            )
-    halves = [name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")]
-    if len(halves) == 2:
-        raise UserError(f"{source}: fp16 and bf16 are both enabled; choose one")
-    if halves and stage(config) == 0:
-        raise UserError(
-            f"{source}: {halves[0]} with ZeRO stage 0: DeepSpeed takes a wrong first optimizer step there; "
-            'expected "zero_optimization": {"stage": 1} or higher'
+    device: Device = "none"
+    nvme_path: str = ""  # the folder to swap to
+
+    @property
+    def active(self) -> bool:
+        return self.device != "none"
+
+
+@dataclass(frozen=True)
+class OptimizerOffload(Offload):
+    """Of the master weights and the optimizer's moments."""
+
+    buffer_count: int = 4  # NVMe buffers in host memory
+
+
+@dataclass(frozen=True)
+class ParameterOffload(Offload):
+    """Of the weights, at ZeRO 3."""
+
+    buffer_count: int = 5  # NVMe buffers in host memory
+    buffer_size: float = 1e8  # elements
+    max_in_cpu: float = 1e9  # elements that stay in host memory beside NVMe
+
+
+AnyOffload = TypeVar("AnyOffload", bound=Offload)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _DeepSpeedJson:
+    """What the engine JSONs of training and of inference share."""
+
+    source: str = "engine"  # where it comes from, for errors
+    precision: Precision = "fp32"
+    zero_stage: int = 0
+    raw: Mapping[str, Any] = field(default_factory=dict, hash=False)  # the JSON as it was given
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig(_DeepSpeedJson):
+    """The engine JSON of training. Defaults are DeepSpeed's; sizes are in elements."""
+
+    autocast: str | None = None  # the type that torch_autocast computes products in
+    accumulation: str | None = None  # the type that gradients are accumulated in; None: that of the weights
+    offload_optimizer: OptimizerOffload = OptimizerOffload()
+    offload_parameters: ParameterOffload = ParameterOffload()
+    reduce_bucket_size: float = 5e8
+    overlap_comm: bool = False
+    max_live_parameters: float = 1e9  # ZeRO 3: of gathered weights
+    param_persistence_threshold: float = 1e5  # ZeRO 3: smaller weights are left whole
+    sub_group_size: float = 1e9  # ZeRO 3: what is stepped at once
+    quantized: tuple[str, ...] = ()  # keys of ZeRO++ that are set: weights, gradients
+    optimizer: str | None = None  # the type of the implementation; None: the default
+    activation_checkpointing: bool = False
+    layer_norm: Literal["torch", "apex"] = "torch"
+    monitors: tuple[str, ...] = ()  # blocks that are enabled
+
+    @classmethod
+    def read(cls, data: Any, source: str) -> EngineConfig:
+        """Of JSON data; "auto" counts as not given.
+
+        Raises:
+            UserError: naming the key: it is unknown, gives a number of the experiment's, or a combination that is
+                known to be wrong.
+        """
+        refusals.check_training(data, source)
+        zero, autocast = _given(data, "zero_optimization"), _given(data, "torch_autocast")
+        return cls(
+            source=source,
+            raw=data,
+            precision="fp16" if _enabled(data, "fp16") else "bf16" if _enabled(data, "bf16") else "fp32",
+            zero_stage=int(zero.get("stage", 0)),
+            autocast=autocast.get("dtype", "bfloat16") if autocast.get("enabled") else None,
+            accumulation=_given(data, "data_types").get("grad_accum_dtype"),
+            offload_optimizer=_offload(OptimizerOffload, _given(zero, "offload_optimizer")),
+            offload_parameters=_offload(ParameterOffload, _given(zero, "offload_param")),
+            reduce_bucket_size=float(zero.get("reduce_bucket_size", cls.reduce_bucket_size)),
+            overlap_comm=bool(zero.get("overlap_comm", cls.overlap_comm)),
+            max_live_parameters=float(zero.get("stage3_max_live_parameters", cls.max_live_parameters)),
+            param_persistence_threshold=float(
+                zero.get("stage3_param_persistence_threshold", cls.param_persistence_threshold)
+            ),
+            sub_group_size=float(zero.get("sub_group_size", cls.sub_group_size)),
+            quantized=tuple(key for key in QUANTIZED if zero.get(key)),
+            optimizer=_given(data, "optimizer").get("type"),
+            activation_checkpointing="activation_checkpointing" in data,
+            layer_norm=_given(data, "ki_ds").get("layer_norm", cls.layer_norm),
+            monitors=tuple(name for name in MONITORS if _enabled(data, name)),
         )
-    autocast = config.get("torch_autocast", {})
-    if isinstance(autocast, dict) and autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16"):
-        raise UserError(
-            f"{source}: torch_autocast.dtype: {autocast['dtype']} needs a loss scale, which DeepSpeed does not keep at "
-            'every stage; expected "bfloat16", or "fp16": {"enabled": true} in place of torch_autocast'
-        )
-    _offload(config, source)
-    _described(config, source)
-    optimizers.check(config, source)
-    features.check(config, source)
+
+    @property
+    def for_deepspeed(self) -> dict[str, Any]:
+        """The JSON without what the experiment gives, and without what is read here."""
+        ours = (*refusals.OWNED, *refusals.OURS)
+        return {key: value for key, value in self.raw.items() if key not in ours}
+
+    @property
+    def precision_record(self) -> dict[str, Any]:
+        """The parts of the JSON that decide in which precision is computed, as they are written; for the identity."""
+        return {key: self.raw[key] for key in ROUNDING if key in self.raw} | dict.fromkeys(self.quantized, True)
 
 
-def check_device(config: dict[str, Any], source: str) -> None:
+@dataclass(frozen=True, kw_only=True)
+class InferenceEngineConfig(_DeepSpeedJson):
+    """The engine JSON by which a teacher is partitioned over all ranks (ZeRO 3)."""
+
+    @classmethod
+    def read(cls, data: Any, source: str, precision: Precision) -> InferenceEngineConfig:
+        """Of JSON data; the precision is the experiment's.
+
+        Raises:
+            UserError: naming the key.
+        """
+        refusals.check_inference(data, source, precision)
+        return cls(source=source, raw=data, zero_stage=3, precision=precision)
+
+    @property
+    def for_deepspeed(self) -> dict[str, Any]:
+        """The JSON with the precision, and with a batch size, which DeepSpeed demands."""
+        half: dict[str, Any] = {} if self.precision == "fp32" else {self.precision: {"enabled": True}}
+        return {**self.raw, **half, "train_micro_batch_size_per_gpu": 1}
+
+
+def _given(data: Mapping[str, Any], key: str) -> dict[str, Any]:
+    """A block without what is "auto"; empty where there is none."""
+    block = data.get(key)
+    return {name: value for name, value in block.items() if value != "auto"} if isinstance(block, dict) else {}
+
+
+def _enabled(data: Mapping[str, Any], key: str) -> bool:
+    return bool(_given(data, key).get("enabled"))
+
+
+def _offload(kind: type[AnyOffload], block: dict[str, Any]) -> AnyOffload:
+    """Of a block of `zero_optimization`; null counts as not given."""
+    types: dict[str, Any] = {one.name: type(one.default) for one in fields(kind)}
+    return kind(**{name: plain(block[name]) for name, plain in types.items() if block.get(name) is not None})
+
+
+# ------------------------------------------------------------------------------------------------ the machine
+
+
+def check_device(config: EngineConfig) -> None:
     """Refuse a precision that this machine's device does not know; for the machines where the ranks run.
 
     Raises:
         UserError: naming the precisions that it knows.
     """
-    half = next((name for name in ("fp16", "bf16") if config.get(name, {}).get("enabled")), None)
-    if half and not supported(half):
+    half = config.precision
+    if half != "fp32" and not supported(half):
         others = " or ".join(["fp32", *(name for name in ("bf16", "fp16") if name != half and supported(name))])
-        raise UserError(f"{source}: {half} is not supported by this machine's device; use an engine JSON with {others}")
+        raise UserError(
+            f"{config.source}: {half} is not supported by this machine's device; use an engine JSON with {others}"
+        )
 
 
 def supported(half: str) -> bool:
@@ -110,90 +183,6 @@ def supported(half: str) -> bool:
 
     device = get_accelerator()
     return bool(device.is_fp16_supported() if half == "fp16" else device.is_bf16_supported())
-
-
-def _offload(config: dict[str, Any], source: str) -> None:
-    """What DeepSpeed would ignore, or get wrong, of offloading."""
-    zero = config.get("zero_optimization", {})
-    for key, new in OLD_OFFLOAD.items():
-        if key in zero:
-            raise UserError(
-                f"{source}: zero_optimization.{key}: is DeepSpeed's old name; "
-                f'expected "{new}": {{"device": "cpu"}} or nothing'
-            )
-    for key, why in UNSUPPORTED.items():
-        if zero.get(key):
-            raise UserError(f"{source}: zero_optimization.{key}: is not supported ({why}); leave it out")
-    devices = {}
-    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
-        place, block = f"{source}: zero_optimization.{key}", zero.get(key) or {}
-        if not isinstance(block, dict) or block.get("device", "none") not in ("none", "cpu", "nvme"):
-            raise UserError(f'{place}: found {json.dumps(block)}; expected {{"device": "cpu"}}, "nvme" or "none"')
-        device = devices[key] = block.get("device", "none")
-        if device == "none":
-            continue
-        if device == "nvme":
-            least = 3
-            if not isinstance(block.get("nvme_path"), str):
-                raise UserError(f'{place}: "nvme_path", the folder to swap to, is missing')
-        if stage(config) < least:
-            raise UserError(
-                f'{place}: "device": "{device}" with ZeRO stage {stage(config)}; expected "stage": {least}'
-                + (" or higher" if least < 3 else "")
-            )
-        for option, plain in (("ratio", 1.0), ("super_offload", False)):
-            if block.get(option, plain) != plain:
-                raise UserError(f"{place}.{option}: is not supported by this version; leave it out")
-    if devices["offload_param"] != "none" and devices["offload_optimizer"] == "none":
-        raise UserError(
-            f"{source}: zero_optimization.offload_param without offload_optimizer: the optimizer's larger part "
-            'would stay on the GPU; expected "offload_optimizer": {"device": "cpu"} beside it'
-        )
-    if devices["offload_param"] == "nvme" and not any(config.get(name, {}).get("enabled") for name in ("fp16", "bf16")):
-        raise UserError(
-            f"{source}: zero_optimization.offload_param to nvme in fp32: DeepSpeed silently stores the parameters in "
-            'bf16; expected "bf16": {"enabled": true}, or "device": "cpu"'
-        )
-
-
-def _described(config: dict[str, Any], source: str) -> None:
-    """Blocks as DeepSpeed itself describes them: unknown keys and wrong types, which it would raise much later."""
-    for key, (module, name) in MODELS.items():
-        block = config.get(key, {})
-        if not isinstance(block, dict):
-            raise UserError(f"{source}: {key}: found {json.dumps(block)}; expected an object")
-        if not block.keys() - FREE:
-            continue
-        distributed.quiet()
-        model = getattr(importlib.import_module(module), name)
-        try:
-            model(**block)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(map(str, first["loc"]))
-            hint = nearest(str(first["loc"][-1]), model.model_fields) if first["type"] == "extra_forbidden" else ""
-            word = "unknown key of DeepSpeed's" + hint if hint or first["type"] == "extra_forbidden" else first["msg"]
-            raise UserError(f"{source}: {key}.{place}: {word}") from None
-        except (AssertionError, ValueError, TypeError) as error:
-            raise UserError(f"{source}: {key}: {error}") from None
-
-
-def for_deepspeed(config: dict[str, Any]) -> dict[str, Any]:
-    """The engine JSON without what the experiment gives, and without what is read here."""
-    return {key: value for key, value in config.items() if key not in OWNED and key not in OURS}
-
-
-def stage(config: dict[str, Any]) -> int:
-    """The ZeRO stage of an engine JSON."""
-    return int(config.get("zero_optimization", {}).get("stage", 0))
-
-
-def precision(config: dict[str, Any]) -> dict[str, Any]:
-    """The parts of an engine JSON that decide in which precision is computed."""
-    names = ("fp16", "bf16", "torch_autocast", "data_types", "communication_data_type")
-    zero = config.get("zero_optimization", {})
-    quantized = {name: True for name in ("zero_quantized_weights", "zero_quantized_gradients") if zero.get(name)}
-    return {name: config[name] for name in names if name in config} | quantized
 
 
 def micro_batch_size(train: Train, world_size: int, place: str) -> int:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ki_ds.engine import config as engine_config
 from ki_ds.engine import features, optimizers
+from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.loss_scale import LossScale
 from ki_ds.experiment.schema import Train
 from ki_ds.models.language_model import LanguageModel
@@ -15,14 +15,14 @@ from ki_ds.training.batches import BatchLayout
 class Engine:
     """A DeepSpeed engine around a language model, stepped with a learning rate given at every step."""
 
-    def __init__(self, model: LanguageModel, train: Train, layout: BatchLayout, config: dict[str, Any]):
+    def __init__(self, model: LanguageModel, train: Train, layout: BatchLayout, config: EngineConfig):
         import deepspeed
 
         features.prepare(model, config)
-        self.bare = engine_config.stage(config) == 0
+        self.bare = config.zero_stage == 0
         optimizer = optimizers.new(model, train, config)
         joined = {
-            **engine_config.for_deepspeed(config),
+            **config.for_deepspeed,
             "train_batch_size": layout.batch_size,
             "train_micro_batch_size_per_gpu": layout.micro_batch_size,
             "gradient_accumulation_steps": layout.accumulation,
@@ -33,10 +33,9 @@ class Engine:
             model=model, optimizer=optimizer, config=joined, dist_init_required=False
         )
         self.optimizer = optimizer
-        if engine_config.stage(config) in (1, 2):  # they check in half precision only
+        if config.zero_stage in (1, 2):  # they check in half precision only
             self.deepspeed.optimizer.check_grad_overflow = True
-        fp16 = config.get("fp16", {}).get("enabled")
-        self.loss_scale = LossScale(self.deepspeed.optimizer) if fp16 else None
+        self.loss_scale = LossScale(self.deepspeed.optimizer) if config.precision == "fp16" else None
 
     def step(self, learning_rate: float) -> tuple[bool, float]:
         """Apply the accumulated gradients: (whether they were finite and applied, their norm before clipping)."""

@@ -22,7 +22,7 @@ STATES = ("fp32", "exp_avg", "exp_avg_sq")
 OPTIMIZER_STATE = "optimizer_state.pt"
 
 
-def convert(source: Path, stage: int, groups: list[dict[str, list[int]]], target: Path) -> None:
+def convert(source: Path, zero_stage: int, groups: list[dict[str, list[int]]], target: Path) -> None:
     """Write the checkpoint folder `source`, made at a ZeRO stage, to `target` in the universal format; rank 0 does it.
 
     Args:
@@ -34,7 +34,7 @@ def convert(source: Path, stage: int, groups: list[dict[str, list[int]]], target
     process: subprocess.Popen[str] | None = None
     problem = ""
     if distributed.rank() == 0:
-        if stage == 0:
+        if zero_stage == 0:
             try:
                 _from_replicas(source, groups, target)
             except Exception as error:  # whatever a damaged pickle raises
@@ -56,7 +56,7 @@ def convert(source: Path, stage: int, groups: list[dict[str, list[int]]], target
             f"{source}: cannot be converted to another number of ranks or ZeRO stage ({problem}). Go on with those "
             "that it was made with; where that fails too, remove it to go on from the checkpoint before it."
         )
-    if distributed.rank() == 0 and stage:
+    if distributed.rank() == 0 and zero_stage:
         _complete(target, groups)
     distributed.barrier()
 
@@ -103,13 +103,13 @@ def _write(path: Path, value: Any) -> None:
     torch.save(value, path)
 
 
-def load(engine: Any, stage: int, folder: Path) -> None:
+def load(engine: Any, zero_stage: int, folder: Path) -> None:
     """Put the weights and optimizer states of a universal checkpoint into an engine of the given ZeRO stage.
 
     Raises:
         UserError: the optimizer's states lie on NVMe.
     """
-    if stage == 0:
+    if zero_stage == 0:
         _into_replicas(engine, folder)
         return
     optimizer = engine.optimizer
@@ -119,7 +119,7 @@ def load(engine: Any, stage: int, folder: Path) -> None:
             "ZeRO stage that it had; expected the engine JSON and --processes of the run that was interrupted"
         )
     settings = [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-    events = stage == 3
+    events = zero_stage == 3
     if events:
         optimizer.checkpoint_event_prologue()
     optimizer.load_state_dict(

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from ki_ds.engine.config import EngineConfig
 from ki_ds.models.flops import outline
 
 
@@ -38,11 +39,10 @@ class Pass(NamedTuple):
     gpu: bool
 
     @classmethod
-    def of(cls, sequences: int, length: int, engine: dict[str, Any], gpu: bool) -> Pass:
+    def of(cls, sequences: int, length: int, engine: EngineConfig, gpu: bool) -> Pass:
         """Under an engine JSON; half precision counts alike, whichever it is."""
-        half = any(engine.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
-        autocast = torch.bfloat16 if engine.get("torch_autocast", {}).get("enabled") else None
-        return cls(sequences, length, torch.bfloat16 if half else torch.float32, autocast, gpu)
+        dtype = torch.float32 if engine.precision == "fp32" else torch.bfloat16
+        return cls(sequences, length, dtype, torch.bfloat16 if engine.autocast else None, gpu)
 
 
 def kept(config: Any, objective: str, how: Pass) -> Kept:

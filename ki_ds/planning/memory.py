@@ -21,6 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
+from ki_ds.engine.config import EngineConfig, OptimizerOffload, ParameterOffload
 from ki_ds.kernels.loss.chunked import CHUNK_BYTES, LEAST_ROWS, MOST_ROWS
 from ki_ds.kernels.select.eager import LOGIT_BYTES
 from ki_ds.models import architectures, flops
@@ -69,50 +70,37 @@ class Micro(NamedTuple):
 
 
 class Setting(NamedTuple):
-    """What of an engine JSON decides how much memory is taken, with DeepSpeed's defaults."""
+    """What of an engine JSON decides how much memory is taken."""
 
-    stage: int
+    zero_stage: int
     weight: int  # bytes of a weight
     accumulated: int  # bytes of an accumulated gradient
     compute: int  # bytes of an activation in a matrix product
     bucket: float  # elements
     buckets: int
-    live: float  # elements of gathered weights, stage 3
-    small: float  # elements of a weight that stage 3 leaves whole
-    sub_group: float  # elements that stage 3 steps at once
-    optimizer: str  # none, cpu or nvme: where states are offloaded to
-    parameter: str  # likewise the weights, stage 3
-    swap: dict[str, float]  # counts and sizes of NVMe buffers
+    live: float  # elements of gathered weights, ZeRO 3
+    small: float  # elements of a weight that ZeRO 3 leaves whole
+    sub_group: float  # elements that ZeRO 3 steps at once
+    optimizer: OptimizerOffload
+    parameters: ParameterOffload
     recomputed: Literal["no", "device", "host"]  # activations, and where the layers' inputs wait
 
     @classmethod
-    def of(cls, config: dict[str, Any]) -> Setting:
-        """Of a checked engine JSON; "auto" counts as not given."""
-        zero = {key: value for key, value in config.get("zero_optimization", {}).items() if value != "auto"}
-        stage = int(zero.get("stage", 0))
-        half = any(config.get(name, {}).get("enabled") for name in ("fp16", "bf16"))
-        weight = 2 if half else 4
-        accumulated = {"fp32": 4, "fp16": 2, "bf16": 2}.get(
-            config.get("data_types", {}).get("grad_accum_dtype"), weight
-        )
-        states, weights = (zero.get(key) or {} for key in ("offload_optimizer", "offload_param"))
-        again = config.get("activation_checkpointing")
+    def of(cls, config: EngineConfig) -> Setting:
+        """Of an engine JSON."""
+        weight = 4 if config.precision == "fp32" else 2
         return cls(
-            stage, weight, accumulated,
-            compute=2 if half or config.get("torch_autocast", {}).get("enabled") else 4,
-            bucket=float(zero.get("reduce_bucket_size", 5e8)) if stage else STAGE_0_BUCKET,
-            buckets=2 if zero.get("overlap_comm") and stage in (1, 2) else 1,
-            live=float(zero.get("stage3_max_live_parameters", 1e9)),
-            small=float(zero.get("stage3_param_persistence_threshold", 1e5)),
-            sub_group=float(zero.get("sub_group_size", 1e9)),
-            optimizer=states.get("device", "none") if stage else "none",
-            parameter=weights.get("device", "none") if stage == 3 else "none",
-            swap={
-                "optimizer count": float(states.get("buffer_count", 4)),
-                "weight elements": float(weights.get("buffer_count", 5)) * float(weights.get("buffer_size", 1e8)),
-                "weights in host": float(weights.get("max_in_cpu", 1e9)),
-            },
-            recomputed="no" if again is None else "host" if again.get("cpu_checkpointing") else "device",
+            config.zero_stage, weight,
+            accumulated={"fp32": 4, "fp16": 2, "bf16": 2}.get(config.accumulation or "", weight),
+            compute=2 if config.autocast else weight,
+            bucket=config.reduce_bucket_size if config.zero_stage else STAGE_0_BUCKET,
+            buckets=2 if config.overlap_comm and config.zero_stage in (1, 2) else 1,
+            live=config.max_live_parameters,
+            small=config.param_persistence_threshold,
+            sub_group=config.sub_group_size,
+            optimizer=config.offload_optimizer,
+            parameters=config.offload_parameters,
+            recomputed="device" if config.activation_checkpointing else "no",
         )  # fmt: skip
 
 
@@ -145,7 +133,7 @@ class Estimate:
         return self.of("nvme")
 
 
-def estimate(model: Model, micro: Micro, ranks: int, config: dict[str, Any], gpu: bool) -> Estimate:
+def estimate(model: Model, micro: Micro, ranks: int, config: EngineConfig, gpu: bool) -> Estimate:
     """Memory of a rank that trains with Adam under an engine JSON, above what the process takes without a model.
 
     Without a GPU the device is host memory: add `device` and `host`. Not in it: buffers of the communication library,
@@ -165,33 +153,34 @@ def estimate(model: Model, micro: Micro, ranks: int, config: dict[str, Any], gpu
 def states(model: Model, ranks: int, how: Setting) -> list[Item]:
     """Weights, master copy and Adam's moments."""
     whole, share = model.parameters, model.parameters / ranks
-    if how.stage == 0:
+    if how.zero_stage == 0:
         return [Item("weights", "device", "always", 4 * whole), Item("moments", "device", "always", 8 * whole)]
-    place: Where = {"none": "device", "cpu": "host", "nvme": "nvme"}[how.optimizer]  # type: ignore[assignment]
+    place: Where = {"none": "device", "cpu": "host", "nvme": "nvme"}[how.optimizer.device]  # type: ignore[assignment]
     found = [Item("master weights", place, "always", 4 * share), Item("moments", place, "always", 8 * share)]
-    if how.optimizer == "nvme":
-        held = how.swap["optimizer count"] * 4 * min(share, how.sub_group)
+    if how.optimizer.device == "nvme":
+        held = how.optimizer.buffer_count * 4 * min(share, how.sub_group)
         found.append(Item("swap buffers", "host", "always", held))
-    if how.stage < 3:
+    if how.zero_stage < 3:
         return [Item("weights", "device", "always", how.weight * whole), *found]
     small = sum(size for size in model.sizes if size <= how.small)
     live = min(whole, max(how.live, max(model.sizes)))
     found.append(Item("small weights, whole", "device", "always", how.weight * small))
-    if ranks > 1 or how.parameter != "none":  # else what is gathered is the partition itself
+    if ranks > 1 or how.parameters.active:  # else what is gathered is the partition itself
         gathered: list[Phase] = ["backward", "reduction"]
         found += [Item("gathered weights", "device", phase, how.weight * live) for phase in gathered]
-    inside = min(share, how.swap["weights in host"]) if how.parameter == "nvme" else share
-    found.append(Item("weights", "device" if how.parameter == "none" else "host", "always", how.weight * inside))
-    if how.parameter == "nvme":
+    inside = min(share, how.parameters.max_in_cpu) if how.parameters.device == "nvme" else share
+    found.append(Item("weights", "host" if how.parameters.active else "device", "always", how.weight * inside))
+    if how.parameters.device == "nvme":
+        buffers = how.parameters.buffer_count * how.parameters.buffer_size
         found.append(Item("weights", "nvme", "always", how.weight * share))
-        found.append(Item("swap buffers", "host", "always", how.weight * how.swap["weight elements"]))
+        found.append(Item("swap buffers", "host", "always", how.weight * buffers))
     return found
 
 
 def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
     """Accumulated gradients, and what reducing and applying them takes."""
     whole, share, largest = model.parameters, model.parameters / ranks, max(model.sizes)
-    if how.stage == 0:
+    if how.zero_stage == 0:
         copied = min(whole, how.bucket + largest)
         return [
             Item("gradients", "device", "always", 4 * whole),
@@ -199,18 +188,18 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
         ]
     touched = min(how.bucket, whole)
     apart = how.accumulated != how.weight  # then stage 1 accumulates beside what a backward pass makes
-    of_bucket = how.accumulated if apart and how.stage == 1 else how.weight
+    of_bucket = how.accumulated if apart and how.zero_stage == 1 else how.weight
     bucket = how.buckets * of_bucket * (how.bucket if gpu else touched)
     head = how.weight * model.vocabulary * model.hidden  # of the head, waits for that of the embedding it is tied to
     again = how.weight * max(touched, head / how.weight)
-    offloaded = how.optimizer != "none"
+    offloaded = how.optimizer.active
     always: list[Phase] = ["always"]
     during: list[Phase] = ["backward", "reduction"]
     # from stage 2 on gradients are reduced while earlier layers still hold their activations
-    copying = during if how.stage > 1 else during[1:]
+    copying = during if how.zero_stage > 1 else during[1:]
     found = [Item("reduction, copied", "device", phase, again) for phase in copying]
-    found += [Item("bucket", "device", phase, bucket) for phase in (always if how.stage == 3 else during)]
-    if how.stage == 3:
+    found += [Item("bucket", "device", phase, bucket) for phase in (always if how.zero_stage == 3 else during)]
+    if how.zero_stage == 3:
         found.append(Item("gradients", "host" if offloaded else "device", "always", how.accumulated * share))
         stepped = min(share, how.sub_group) * (4 if how.accumulated == 4 else 4 + how.accumulated)
         found.append(
@@ -219,7 +208,7 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
             else Item("gradients, fp32", "device", "step", stepped)
         )
         return found
-    if how.stage == 1:
+    if how.zero_stage == 1:
         each = how.accumulated + (how.weight if apart else 0)
         found += [Item("gradients", "device", phase, each * whole) for phase in during]
     if offloaded:
@@ -228,7 +217,7 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
         found.append(Item("buffers of the offload", "host", "always", accumulated * share))
         found.append(Item("buffers of the offload", "device", "always", how.weight * largest))
         return found
-    if how.stage == 2:
+    if how.zero_stage == 2:
         found += [Item("gradients", "device", phase, how.accumulated * share) for phase in during]
     found.append(Item("gradients, incoming", "device", "reduction", how.accumulated * share))
     found.append(Item("gradients, fp32", "device", "step", 8 * share))
@@ -244,8 +233,8 @@ def activations(kept: Kept, how: Setting) -> list[Item]:
 
 
 def loss_bytes(model: Model, micro: Micro, how: Setting, gpu: bool) -> float:
-    """Of `ki_ds.kernels.chunked`: hidden states at the targets and their gradient, the head's gradient in fp32, and a
-    chunk of logits or, when that is gone, the gradients in the weights' own type."""
+    """Of `ki_ds.kernels.loss.chunked`: hidden states at the targets and their gradient, the head's gradient in fp32,
+    and a chunk of logits or, when that is gone, the gradients in the weights' own type."""
     rows, hidden, vocabulary = micro.rows, model.hidden, model.vocabulary
     if gpu:
         chunk, wide = min(rows, max(2 * hidden, LEAST_ROWS), MOST_ROWS), 0

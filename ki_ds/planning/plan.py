@@ -12,6 +12,7 @@ from typing import Any
 
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.engine import config as engine_config
+from ki_ds.engine.config import EngineConfig
 from ki_ds.experiment.graph import Stage, stages, targets_needed
 from ki_ds.experiment.schema import Experiment
 from ki_ds.experiment.strict import read_json
@@ -67,29 +68,24 @@ def room(ranks: int, gib: float | None, elsewhere: bool) -> Room:
     return Room(True, least.total_memory, share, f"{least.name}, {least.total_memory / GIB:.0f} GiB", True)
 
 
-def shipped_engines() -> dict[str, dict[str, Any]]:
+def shipped_engines() -> dict[str, EngineConfig]:
     """The engine JSONs of ds_configs/engine, by name."""
     folders = (place / "ds_configs" / "engine" for place in SHIPPED)
     folder = next((one for one in folders if one.is_dir()), Path())
-    found = {}
-    for file in sorted(folder.glob("*.json")):
-        found[file.name] = read_json(file)
-    return found
+    return {file.name: EngineConfig.read(read_json(file), str(file)) for file in sorted(folder.glob("*.json"))}
 
 
-def offload(config: dict[str, Any]) -> int:
+def offload(config: EngineConfig) -> int:
     """How far an engine JSON moves memory away from the device: 0 not at all, 1 to the host, 2 to NVMe."""
-    how = memory.Setting.of(config)
-    return max(OFFLOAD.index(how.optimizer), OFFLOAD.index(how.parameter))
+    return max(OFFLOAD.index(one.device) for one in (config.offload_optimizer, config.offload_parameters))
 
 
-def in_order(engines: dict[str, dict[str, Any]], chosen: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Those that cost least communication first: without offload, then in the precision chosen, then by stage."""
-    wanted = engine_config.precision(chosen)
+def in_order(engines: dict[str, EngineConfig], chosen: EngineConfig) -> list[tuple[str, EngineConfig]]:
+    """Those that cost least communication first: without offload, then in the precision chosen, then by ZeRO stage."""
 
-    def rank(item: tuple[str, dict[str, Any]]) -> tuple[int, bool, int, str]:
+    def rank(item: tuple[str, EngineConfig]) -> tuple[int, bool, int, str]:
         name, config = item
-        return offload(config), engine_config.precision(config) != wanted, engine_config.stage(config), name
+        return offload(config), config.precision_record != chosen.precision_record, config.zero_stage, name
 
     return sorted(engines.items(), key=rank)
 
@@ -114,7 +110,7 @@ class Need:
     def model(self) -> memory.Model:
         return memory.outlined(self.config, self.e.objective)
 
-    def kept(self, engine: dict[str, Any], sequences: int) -> Kept:
+    def kept(self, engine: EngineConfig, sequences: int) -> Kept:
         """Activations grow by as much with every sequence, so that two sizes tell of all."""
         for count in (1, 2):
             how = Pass.of(count, self.e.sequence_length, engine, self.gpu)
@@ -123,7 +119,7 @@ class Need:
         one, two = (self.found[how._replace(sequences=count)] for count in (1, 2))
         return Kept(*(a + (sequences - 1) * (b - a) for a, b in zip(one, two, strict=True)))
 
-    def at(self, engine: dict[str, Any], sequences: int) -> memory.Estimate:
+    def at(self, engine: EngineConfig, sequences: int) -> memory.Estimate:
         """Under an engine JSON, with so many sequences at once."""
         tokens = sequences * self.e.sequence_length
         rows = math.ceil(sequences * rows_per_sequence(self.e))
@@ -136,7 +132,7 @@ class Need:
         return (size for size in range(share, 0, -1) if share % size == 0)
 
 
-def verdict(need: Need, sequences: int, chosen: dict[str, Any], there: Room) -> str:
+def verdict(need: Need, sequences: int, chosen: EngineConfig, there: Room) -> str:
     """Whether what is there is enough; else the first engine JSON that would do, or the first smaller micro-batch."""
     found = need.at(chosen, sequences)
     said = f"needs {amounts(found, there.gpu)} a rank with micro_batch_size {sequences}"
@@ -145,12 +141,8 @@ def verdict(need: Need, sequences: int, chosen: dict[str, Any], there: Room) -> 
         return f"{said} {kind}; what is there is not known from here (ask with --memory GIB)"
     if there.holds(found):
         return f"{said}; fits ({there.source})"
-    known = [name for name in ("fp16", "bf16") if not there.here or engine_config.supported(name)]
-    order = [
-        (name, config)
-        for name, config in in_order(shipped_engines(), chosen)
-        if all(half in known for half in ("fp16", "bf16") if config.get(half, {}).get("enabled"))
-    ]
+    known = ["fp32", *(half for half in ("fp16", "bf16") if not there.here or engine_config.supported(half))]
+    order = [(name, one) for name, one in in_order(shipped_engines(), chosen) if one.precision in known]
     smaller = [size for size in need.sizes() if size < sequences]
     for size in (sequences, *smaller):
         for name, config in order:

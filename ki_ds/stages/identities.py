@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ki_ds.corpus.sources import FileSource, files
-from ki_ds.engine import config as engine_config
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import Stage, targets_needed, taught_by
 from ki_ds.experiment.schema import Model
@@ -109,7 +108,7 @@ def _training(space: Workspace, name: str, viewing: dict[str, Any]) -> Identity:
         **viewing,
         "model_seed": space.experiment.model_seed(name),
         "model": shaping(model),
-        "precision": engine_config.precision(space.engine_config),
+        "precision": space.engine_config.precision_record,
     }
     inputs = {f"corpora/{corpus}": space.tokens(corpus).digest for corpus in model.train.on}
     if model.start_from:

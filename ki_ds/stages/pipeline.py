@@ -54,7 +54,7 @@ def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = No
     config = gather(lambda: space.engine_config)
     untrained = any(model.train and unfinished("train", name) for name, model in e.models.items())
     if here and untrained and config is not None:
-        gather(engine_config.check_device, config, space.engine_source)
+        gather(engine_config.check_device, config)
     for name, corpus in e.corpora.items():
         if unfinished("corpus", name):
             for index, source in enumerate(corpus.sources):

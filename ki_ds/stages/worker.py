@@ -109,7 +109,7 @@ def begin(stage: Stage, space: Workspace) -> tuple[Path, Identity, torch.device]
     identity = space.identity(stage)
     shared = {
         "the experiment file": digest(space.experiment.model_dump(mode="json")),
-        "the engine JSON": digest(space.engine_config),
+        "the engine JSON": digest(space.engine_config.raw),
         "the tokenizer": space.tokenizer.digest,
         f"what {stage} is made of": identity.fingerprint,
     }
@@ -159,7 +159,7 @@ def training(stage: Stage, space: Workspace) -> None:
     folder, identity, device = begin(stage, space)
     if prepared(folder, identity):
         return
-    engine_config.check_device(space.engine_config, space.engine_source)
+    engine_config.check_device(space.engine_config)
     name, e = stage.name, space.experiment
     model = e.models[name]
     assert model.train is not None

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -14,7 +13,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ki_ds.errors import UserError, nearest, reason
+from ki_ds.engine.config import InferenceEngineConfig
+from ki_ds.errors import UserError, reason
 from ki_ds.kernels.select.eager import Predictions, select_targets
 from ki_ds.launch import distributed
 from ki_ds.models import flops
@@ -35,7 +35,6 @@ REMEDY = (
     'Expected more memory, or in "inference" of the experiment file: "precision": "bf16", or "tensor_parallel": 2 or '
     'more, or "engine": a DeepSpeed JSON with ZeRO stage 3'
 )
-KNOWN = ("zero_optimization", "aio", "communication_data_type", "comms_logger", "memory_breakdown")
 
 
 class Predictor(nn.Module):
@@ -60,7 +59,9 @@ class Predictor(nn.Module):
 # ------------------------------------------------------------------------------------- before anything runs
 
 
-def check(space: Workspace, teachers: list[str], tokenizer: TextTokenizer, processes: int) -> dict[str, Any] | None:
+def check(
+    space: Workspace, teachers: list[str], tokenizer: TextTokenizer, processes: int
+) -> InferenceEngineConfig | None:
     """Check that the teachers can be run as the experiment's `inference` says, and return its DeepSpeed JSON.
 
     Raises:
@@ -108,39 +109,6 @@ def _check_tensor_parallel(config: Any, objective: str, size: int, place: str) -
         heads = getattr(config, name, None)
         if isinstance(heads, int) and heads % size:
             raise UserError(f"{place}: {name} is {heads}; expected inference.tensor_parallel {size} to divide it")
-
-
-def check_config(config: dict[str, Any], source: str, precision: str) -> None:
-    """Check a DeepSpeed JSON by which a teacher is to be partitioned.
-
-    Raises:
-        UserError: naming the key.
-    """
-    for key in config:
-        if key in ("fp16", "bf16", "torch_autocast", "amp", "data_types"):
-            raise UserError(f"{source}: {key}: inference.precision says this; leave it out of the engine JSON")
-        if key not in KNOWN:
-            raise UserError(f"{source}: {key}: not a key for inference; known: {', '.join(KNOWN)}{nearest(key, KNOWN)}")
-    zero = config.get("zero_optimization")
-    found = zero.get("stage") if isinstance(zero, dict) else None
-    if not isinstance(zero, dict) or found != 3:
-        raise UserError(f"{source}: zero_optimization.stage: found {json.dumps(found)}; expected 3 for inference")
-    if "offload_optimizer" in zero:
-        raise UserError(f"{source}: zero_optimization.offload_optimizer: inference has no optimizer; leave it out")
-    offload = zero.get("offload_param", {})
-    device = offload.get("device", "none") if isinstance(offload, dict) else None
-    if device not in ("none", "cpu", "nvme"):
-        raise UserError(
-            f"{source}: zero_optimization.offload_param: found {json.dumps(offload)}; expected an object with "
-            '"device": "cpu" or "nvme"'
-        )
-    if device == "nvme" and "nvme_path" not in offload:
-        raise UserError(f'{source}: zero_optimization.offload_param: "nvme" needs "nvme_path", a folder')
-    if device == "nvme" and precision == "fp32":
-        raise UserError(
-            f"{source}: zero_optimization.offload_param: DeepSpeed rounds what it keeps on nvme to bf16; expected "
-            '"inference": {"precision": "bf16"}, or "device": "cpu"'
-        )
 
 
 # -------------------------------------------------------------------------------------------- micro-batches
@@ -205,7 +173,7 @@ def teacher(
     selection: Selection,
     codec: Codec,
     settings: Inference,
-    config: dict[str, Any] | None,
+    config: InferenceEngineConfig | None,
     device: torch.device,
 ) -> Teacher:
     """A teacher under DeepSpeed; every rank calls this.
@@ -225,7 +193,7 @@ def teacher(
     group: Replicated | TensorParallel | Partitioned = Replicated()
     try:
         if config is not None:
-            engine = _partitioned(predictor, config, settings.precision)
+            engine = _partitioned(predictor, config)
             group = Partitioned(lambda: engine(*_nothing(selection, device)))
         elif settings.tensor_parallel > 1:
             engine, group = _tensor_parallel(predictor(), dtype, settings.tensor_parallel, device)
@@ -280,14 +248,12 @@ class _ModelParallel:
         return self.group
 
 
-def _partitioned(predictor: Callable[[], Predictor], config: dict[str, Any], precision: str) -> Any:
+def _partitioned(predictor: Callable[[], Predictor], config: InferenceEngineConfig) -> Any:
     """ZeRO-3 without an optimizer: the parameters are partitioned while they are loaded (rank 0 reads the files)."""
     import deepspeed
     from transformers.integrations import HfDeepSpeedConfig
 
-    joined = {**config, "train_micro_batch_size_per_gpu": 1}
-    if precision != "fp32":
-        joined[precision] = {"enabled": True}
+    joined = config.for_deepspeed
     partitioning = HfDeepSpeedConfig(joined)  # what is loaded while this lives is partitioned
     model = predictor()
     del partitioning

@@ -7,6 +7,7 @@ import pytest
 from helpers.engines import settings
 
 from ki_ds.engine import config as engine_config
+from ki_ds.engine.config import EngineConfig, Offload, OptimizerOffload, ParameterOffload
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
 
@@ -28,6 +29,9 @@ BF16 = {"bf16": {"enabled": True}}
         ({"scheduler": {"type": "WarmupLR"}}, "scheduler: the experiment owns"),
         ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "both enabled"),
         (BF16, "ZeRO stage 0"),
+        (["bf16"], "engine.json: expected a JSON object, a DeepSpeed configuration"),
+        ({"torch_autocast": True}, "torch_autocast: found true; expected an object"),
+        ({"data_types": "fp32"}, 'data_types: found "fp32"; expected an object'),
         ({"torch_autocast": {"enabled": True, "dtype": "float16"}}, 'float16 needs a loss scale.*expected "bfloat16"'),
         ({"zero_optimisation": {"stage": 3}}, 'unknown key.*did you mean "zero_optimization"'),
         ({"amp": {"enabled": True}}, "amp: unknown key"),
@@ -73,7 +77,7 @@ BF16 = {"bf16": {"enabled": True}}
 )
 def test_engine_json_that_cannot_be_meant_is_refused(config, message):
     with pytest.raises(UserError, match=message):
-        engine_config.check(config, "engine.json")
+        EngineConfig.read(config, "engine.json")
 
 
 @pytest.mark.parametrize(
@@ -92,25 +96,66 @@ def test_engine_json_that_cannot_be_meant_is_refused(config, message):
     ],
 )
 def test_engine_json_that_is_accepted(config):
-    engine_config.check(config, "engine.json")
+    assert EngineConfig.read(config, "engine.json").raw == config
 
 
 def test_every_engine_json_of_the_package_is_accepted():
     files = sorted(Path("ds_configs/engine").glob("*.json"))
     assert len(files) >= 10
     for file in files:
-        engine_config.check(json.loads(file.read_text()), str(file))
+        EngineConfig.read(json.loads(file.read_text()), str(file))
+
+
+def test_what_an_engine_json_says():
+    """Blocks that are not enabled say nothing, "auto" is not given, and null is none."""
+    read = EngineConfig.read
+    assert read({}, "engine.json") == EngineConfig(source="engine.json")
+    sizes = {
+        "reduce_bucket_size": 1000,
+        "stage3_max_live_parameters": "auto",
+        "stage3_param_persistence_threshold": 0,
+        "offload_param": {**NVME, "max_in_cpu": 0, "buffer_size": "auto"},
+        "offload_optimizer": {**NVME, "buffer_count": 5},
+    }
+    found = read(
+        BF16 | zero(3, **sizes) | {"fp16": {"enabled": False}, "data_types": {"grad_accum_dtype": "fp32"}}, "e.json"
+    )
+    assert (found.source, found.zero_stage, found.precision, found.accumulation) == ("e.json", 3, "bf16", "fp32")
+    assert (found.reduce_bucket_size, found.max_live_parameters) == (1000, 1e9)
+    assert (found.param_persistence_threshold, found.sub_group_size) == (0, 1e9)
+    assert found.offload_optimizer == OptimizerOffload("nvme", "/tmp", buffer_count=5)
+    assert found.offload_parameters == ParameterOffload("nvme", "/tmp", 5, buffer_size=1e8, max_in_cpu=0)
+    plain = read(zero(2, offload_optimizer=None, offload_param={"device": "none"}, overlap_comm=True), "e.json")
+    assert not plain.offload_optimizer.active and not plain.offload_parameters.active and plain.overlap_comm
+    more = read(
+        {
+            "torch_autocast": {"enabled": True},
+            "optimizer": {"type": "ApexAdam"},
+            "ki_ds": {"layer_norm": "apex"},
+            "activation_checkpointing": {},
+            "csv_monitor": {"enabled": True},
+            "wandb": {"enabled": False},
+        },
+        "e.json",
+    )
+    assert (more.autocast, more.optimizer, more.layer_norm) == ("bfloat16", "ApexAdam", "apex")
+    assert (more.activation_checkpointing, more.monitors) == (True, ("csv_monitor",))
+    assert hash(more) and Offload("cpu").active
 
 
 def test_deepspeed_is_given_what_is_its_own():
     given = {"optimizer": {"type": "AdamW"}, "ki_ds": {}, "activation_checkpointing": {}, "train_batch_size": "auto"}
-    assert engine_config.for_deepspeed(given | zero(2)) == zero(2)
+    assert EngineConfig.read(given | zero(2), "engine.json").for_deepspeed == zero(2)
 
 
 def test_precision_is_what_changes_rounding_and_nothing_else():
     """Offload and communication settings that change no number do not change a model's identity."""
-    assert engine_config.precision(BF16 | zero(3, offload_optimizer=CPU)) == BF16
-    compressed = engine_config.precision({"communication_data_type": "bf16"} | zero(3, zero_quantized_gradients=True))
+
+    def record(config):
+        return EngineConfig.read(config, "engine.json").precision_record
+
+    assert record(BF16 | zero(3, offload_optimizer=CPU)) == BF16
+    compressed = record({"communication_data_type": "bf16"} | zero(3, zero_quantized_gradients=True))
     assert compressed == {"communication_data_type": "bf16", "zero_quantized_gradients": True}
 
 
@@ -128,9 +173,9 @@ def test_a_precision_that_the_device_lacks_names_those_it_has(wanted, device, me
     for half in ("fp16", "bf16"):
         monkeypatch.setattr(get_accelerator(), f"is_{half}_supported", lambda half=half: half in device)
     for half in device:
-        engine_config.check_device({half: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
+        engine_config.check_device(EngineConfig.read({half: {"enabled": True}, **zero(1)}, "engine.json"))
     with pytest.raises(UserError, match=message):
-        engine_config.check_device({wanted: {"enabled": True}, "zero_optimization": {"stage": 1}}, "engine.json")
+        engine_config.check_device(EngineConfig.read({wanted: {"enabled": True}, **zero(1)}, "engine.json"))
 
 
 def test_batch_that_the_ranks_do_not_divide():

@@ -20,6 +20,7 @@ from helpers.engines import weights, world  # noqa: F401
 
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
+from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.engine import Engine
 from ki_ds.experiment.schema import Inherit, Train
 from ki_ds.kernels import PackedTargets
@@ -100,7 +101,7 @@ def trained(objective, tied, stage, half, rounded=False):
     if stage == 3:  # also parameters as small as these
         config["zero_optimization"]["stage3_param_persistence_threshold"] = 0
     layout = BatchLayout(BATCH, BATCH // 2 // world_size, distributed.rank(), world_size)
-    engine = Engine(student(objective, tied, rounded), TRAINING, layout, config)
+    engine = Engine(student(objective, tied, rounded), TRAINING, layout, EngineConfig.read(config, "engine.json"))
     if stage == 3:
         assert engine.deepspeed.module.head.weight.numel() == 0
     # one sequence more than the ranks can share out evenly

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ki_ds.corpus import tokenizer as tokenizers
-from ki_ds.engine import config as engine_config
+from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.engine import Engine
 from ki_ds.experiment.schema import Train
 from ki_ds.launch import distributed
@@ -51,7 +51,7 @@ def new_student(dropout=0.0):
 def engine_of(given, dropout=0.0, layout=None, **changes):
     """Of an engine JSON; two micro-batches a step, on one rank."""
     layout = layout or BatchLayout(batch_size=4, micro_batch_size=2, rank=0, world_size=1)
-    return Engine(new_student(dropout), settings(**changes), layout, given)
+    return Engine(new_student(dropout), settings(**changes), layout, EngineConfig.read(given, "engine.json"))
 
 
 def batch(step, size=2):
@@ -73,7 +73,7 @@ def weights(one):
     import deepspeed
 
     parameters = list(one.deepspeed.module.parameters())
-    with deepspeed.zero.GatheredParameters(parameters, enabled=engine_config.stage(one.deepspeed.config) == 3):
+    with deepspeed.zero.GatheredParameters(parameters, enabled=one.deepspeed.zero_optimization_stage() == 3):
         return [p.detach().clone() for p in parameters]
 
 

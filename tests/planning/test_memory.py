@@ -8,10 +8,11 @@ import torch
 from helpers.engines import STAGES, VOCABULARY, batch, new_engine, step, world  # noqa: F401
 
 from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.engine.config import EngineConfig, OptimizerOffload, ParameterOffload
 from ki_ds.models import architectures, hugging_face
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Kept, Pass, kept, saved_bytes
-from ki_ds.planning.memory import Micro, Model, Setting, estimate
+from ki_ds.planning.memory import Estimate, Micro, Model, Setting, estimate
 
 NOTHING = Micro(0, 0, 0, Kept(0, 0, 0))
 PADDING = 64  # bytes: partitions are aligned
@@ -39,7 +40,7 @@ def test_weights_states_and_gradients_are_those_of_the_engine(stage, half):
         pytest.skip("refused")
     one = new_engine(stage, half=half)
     step(one, 0)
-    config = {"zero_optimization": {"stage": stage}} | ({"bf16": {"enabled": True}} if half else {})
+    config = EngineConfig(zero_stage=stage, precision="bf16" if half else "fp32")
     said = estimate(memory.outlined(*shape()), NOTHING, 1, config, gpu=False)
     states = [x for s in one.optimizer.state.values() for x in s.values() if torch.is_tensor(x) and x.dim()]
     assert amount(said, "moments") == pytest.approx(size(states), abs=PADDING)
@@ -74,8 +75,7 @@ def test_the_peak_is_what_torch_allocates(stage, half):
         now += change
         most = max(most, now)
     one.deepspeed.destroy()
-    engine = {"zero_optimization": {"stage": stage, "reduce_bucket_size": 40_000}}
-    engine |= {"bf16": {"enabled": True}} if half else {}
+    engine = EngineConfig(zero_stage=stage, precision="bf16" if half else "fp32", reduce_bucket_size=40_000)
     config, objective = shape()
     found = kept(config, objective, Pass.of(2, 16, engine, gpu=False))
     said = estimate(memory.outlined(config, objective), Micro(32, 11, 0, found), 1, engine, gpu=False)
@@ -128,11 +128,11 @@ BIG = Model((1 << 30, 1 << 30, 1000), 4096, 50_000)  # two matrices of 2^30, a b
 
 
 def big(ranks=1, **zero):
-    return estimate(BIG, NOTHING, ranks, {"bf16": {"enabled": True}, "zero_optimization": zero}, gpu=True)
+    return estimate(BIG, NOTHING, ranks, EngineConfig(precision="bf16", **zero), gpu=True)
 
 
 def test_each_stage_divides_one_thing_more():
-    at = [big(4, stage=stage) for stage in (1, 2, 3)]
+    at = [big(4, zero_stage=stage) for stage in (1, 2, 3)]
     p = BIG.parameters
     assert [amount(one, "moments") for one in at] == [8 * p / 4] * 3
     assert [amount(one, "gradients") for one in at] == [2 * p, 2 * p / 4, 2 * p / 4]
@@ -142,21 +142,26 @@ def test_each_stage_divides_one_thing_more():
 
 
 def test_offload_moves_states_to_the_host_or_to_nvme():
-    p, whole, cpu = BIG.parameters, big(4, stage=2), big(4, stage=2, offload_optimizer={"device": "cpu"})
+    p, whole, cpu = (
+        BIG.parameters,
+        big(4, zero_stage=2),
+        big(4, zero_stage=2, offload_optimizer=OptimizerOffload("cpu")),
+    )
     assert amount(cpu, "moments") == amount(cpu, "master weights") == 0
     assert amount(cpu, "moments", "host") + amount(cpu, "master weights", "host") == 12 * p / 4
     assert cpu.device < whole.device
     assert cpu.host > 12 * p / 4
     assert whole.host == whole.nvme == 0
-    swapped = big(4, stage=3, offload_optimizer={"device": "nvme"}, offload_param={"device": "nvme"})
+    both = dict(offload_optimizer=OptimizerOffload("nvme"), offload_parameters=ParameterOffload("nvme"))
+    swapped = big(4, zero_stage=3, **both)
     assert swapped.nvme == (12 + 2) * p / 4
     assert amount(swapped, "weights") == 0
-    assert big(1, stage=3, offload_param={"device": "cpu"}).host == 2 * p
+    assert big(1, zero_stage=3, offload_parameters=ParameterOffload("cpu")).host == 2 * p
 
 
 def test_the_bucket_is_whole_on_a_gpu_and_only_as_large_as_what_fills_it_on_a_cpu():
     small = Model((1000,), 10, 100)
-    on = {gpu: estimate(small, NOTHING, 1, {"zero_optimization": {"stage": 1}}, gpu) for gpu in (True, False)}
+    on = {gpu: estimate(small, NOTHING, 1, EngineConfig(zero_stage=1), gpu) for gpu in (True, False)}
     assert amount(on[True], "bucket") == 4 * 5e8
     assert amount(on[False], "bucket") == 4000
 
@@ -164,17 +169,25 @@ def test_the_bucket_is_whole_on_a_gpu_and_only_as_large_as_what_fills_it_on_a_cp
 def test_settings_not_given_are_deepspeeds_defaults():
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    zero, here = DeepSpeedZeroConfig(stage=3), Setting.of({"zero_optimization": {"stage": 3, "sub_group_size": "auto"}})
+    def setting(**zero):
+        return Setting.of(
+            EngineConfig.read({"zero_optimization": {"stage": 3, **zero}, "bf16": {"enabled": True}}, "e")
+        )
+
+    zero, here = DeepSpeedZeroConfig(stage=3), setting(sub_group_size="auto")
     assert here.bucket == zero.reduce_bucket_size
     assert here.live == zero.max_live_parameters
     assert here.small == zero.param_persistence_threshold
     assert here.sub_group == zero.sub_group_size
-    offloaded = {"offload_optimizer": {"device": "nvme"}, "offload_param": {"device": "nvme"}}
-    zero = DeepSpeedZeroConfig(stage=3, **{key: {**value, "nvme_path": "/x"} for key, value in offloaded.items()})
-    swap = Setting.of({"zero_optimization": {"stage": 3, **offloaded}}).swap
-    assert swap["optimizer count"] == zero.offload_optimizer.buffer_count
-    assert swap["weight elements"] == zero.offload_param.buffer_count * zero.offload_param.buffer_size
-    assert swap["weights in host"] == zero.offload_param.max_in_cpu
+    nvme = {"device": "nvme", "nvme_path": "/x"}
+    zero = DeepSpeedZeroConfig(stage=3, offload_optimizer=nvme, offload_param=nvme)
+    swapped = setting(offload_optimizer=nvme, offload_param=nvme)
+    optimizer, weights = swapped.optimizer, swapped.parameters
+    assert optimizer.buffer_count == zero.offload_optimizer.buffer_count
+    assert (
+        weights.buffer_count * weights.buffer_size == zero.offload_param.buffer_count * zero.offload_param.buffer_size
+    )
+    assert weights.max_in_cpu == zero.offload_param.max_in_cpu
 
 
 def test_checkpointed_layers_keep_their_inputs_and_one_layer():
@@ -183,12 +196,16 @@ def test_checkpointed_layers_keep_their_inputs_and_one_layer():
     assert found.inputs == 9 * 4 * 128 * 576 * 2
     assert found.layer == found.everything // 9
     micro = NOTHING._replace(kept=found)
-    plain, saved, moved = (
-        estimate(BIG, micro, 1, given, gpu=True)
-        for given in ({}, {"activation_checkpointing": {}}, {"activation_checkpointing": {"cpu_checkpointing": True}})
+    plain, saved = (
+        estimate(BIG, micro, 1, EngineConfig(activation_checkpointing=on), gpu=True) for on in (False, True)
     )
     assert plain.phase("backward") - saved.phase("backward") == found.everything - found.inputs - found.layer
-    assert saved.phase("backward") - moved.phase("backward") == found.inputs == moved.host
+    how = Setting.of(EngineConfig())
+    here, moved = (
+        Estimate(tuple(memory.activations(found, how._replace(recomputed=place)))) for place in ("device", "host")
+    )
+    assert saved.phase("backward") - here.phase("backward") == plain.phase("backward") - found.everything
+    assert here.phase("backward") - moved.phase("backward") == found.inputs == moved.host
 
 
 def test_targets_count_as_they_are_packed():

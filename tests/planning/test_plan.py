@@ -6,6 +6,7 @@ import re
 import pytest
 
 from ki_ds.cli.main import main
+from ki_ds.engine.config import EngineConfig, OptimizerOffload, ParameterOffload
 from ki_ds.experiment.graph import load_experiment
 from ki_ds.planning import plan
 from ki_ds.planning.plan import GIB, PROCESS, Need, Room, in_order, offload, shipped_engines, verdict
@@ -47,16 +48,16 @@ def needed(file, tmp_path):
     return Need(space, "m", expected_tokenizer(space), ranks=1, gpu=True)
 
 
-LARGE = {"zero_optimization": {"stage": 0}}
+LARGE = EngineConfig(zero_stage=0)
 ENGINES = {  # by need on a GPU: half < whole < LARGE
-    "whole.json": {"zero_optimization": {"stage": 1, "reduce_bucket_size": 1000}},
-    "half.json": {"bf16": {"enabled": True}, "zero_optimization": {"stage": 3, "reduce_bucket_size": 1000}},
+    "whole.json": EngineConfig(zero_stage=1, reduce_bucket_size=1000),
+    "half.json": EngineConfig(precision="bf16", zero_stage=3, reduce_bucket_size=1000),
 }
 
 
 def test_one_of_the_shipped_engines_is_recommended(needed, monkeypatch):
     monkeypatch.setattr(plan, "shipped_engines", lambda: ENGINES)
-    large = {"zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000_000}}
+    large = EngineConfig(zero_stage=1, reduce_bucket_size=10_000_000)
     there = Room(True, needed.at(ENGINES["whole.json"], 8).device / 0.9 + 1, None, "a GPU")
     said = verdict(needed, 8, large, there)
     assert re.search(
@@ -83,7 +84,7 @@ def test_without_knowing_what_there_is_no_verdict(needed):
 
 
 def test_host_memory_counts_too(needed):
-    offloaded = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}, "reduce_bucket_size": 1000}}
+    offloaded = EngineConfig(zero_stage=2, offload_optimizer=OptimizerOffload("cpu"), reduce_bucket_size=1000)
     found = needed.at(offloaded, 1)
     assert found.host > 0
     assert Room(True, GIB, 2 * (found.host + PROCESS)).holds(found)
@@ -104,11 +105,11 @@ def test_engines_are_tried_without_offload_then_in_the_same_precision_then_by_st
     shipped = shipped_engines()
     assert {"zero0_fp32.json", "zero3_bf16.json"} <= shipped.keys()
     plain = {name: config for name, config in shipped.items() if name.count("_") == 1}
-    bf16 = [name for name, config in in_order(plain, {"bf16": {"enabled": True}}) if not offload(config)]
+    bf16 = [name for name, config in in_order(plain, shipped["zero1_bf16.json"]) if not offload(config)]
     assert bf16[:4] == ["zero1_bf16.json", "zero2_bf16.json", "zero3_bf16.json", "zero0_fp32.json"]
     fp32 = [name for name, _ in in_order(shipped, LARGE)]
     assert fp32[:4] == [f"zero{stage}_fp32.json" for stage in range(4)]
-    given = {"near": LARGE, "far": {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}}
+    given = {"near": LARGE, "far": EngineConfig(zero_stage=3, offload_parameters=ParameterOffload("nvme"))}
     assert [name for name, _ in in_order(given, LARGE)] == ["near", "far"]
 
 

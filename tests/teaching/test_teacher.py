@@ -7,6 +7,7 @@ import pytest
 import torch
 from helpers.teaching import made, opened
 
+from ki_ds.engine.config import InferenceEngineConfig
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import Stage
 from ki_ds.experiment.schema import Inference
@@ -16,7 +17,7 @@ from ki_ds.stages.worker import lesson
 from ki_ds.teaching import job as teach
 from ki_ds.teaching import teacher as inference
 from ki_ds.teaching.parallel import Replicated
-from ki_ds.teaching.teacher import MICRO_BATCH, MicroBatch, Teacher, check_config
+from ki_ds.teaching.teacher import MICRO_BATCH, MicroBatch, Teacher
 
 ZERO3 = {"zero_optimization": {"stage": 3}}
 CPU = torch.device("cpu")
@@ -89,12 +90,12 @@ def test_precision_that_the_machine_lacks_is_refused_with_those_that_it_has(file
 )  # fmt: skip
 def test_engine_json_that_is_not_for_inference_is_refused(config, words):
     with pytest.raises(UserError, match=words):
-        check_config(config, "z.json", "fp32")
+        InferenceEngineConfig.read(config, "z.json", "fp32")
 
 
 def test_engine_json_for_inference_is_taken():
     for offload in ({"device": "cpu"}, {"device": "none"}, {"device": "nvme", "nvme_path": "/x"}):
-        check_config({"zero_optimization": {"stage": 3, "offload_param": offload}}, "z.json", "bf16")
+        InferenceEngineConfig.read({"zero_optimization": {"stage": 3, "offload_param": offload}}, "z.json", "bf16")
     with pytest.raises(ValueError, match=r'"engine" .*or "tensor_parallel" above 1, not both'):
         Inference.model_validate({"engine": ZERO3, "tensor_parallel": 2})
 
