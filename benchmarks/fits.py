@@ -19,7 +19,8 @@ from ki_ds.engine.config import EngineConfig
 from ki_ds.models import architectures
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Kept, Pass, kept
-from ki_ds.planning.plan import GIB, Room, in_order, shipped_engines
+from ki_ds.planning.plan import in_order, shipped_engines
+from ki_ds.planning.room import GIB, Room
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,

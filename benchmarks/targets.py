@@ -92,10 +92,11 @@ def trained(arguments: argparse.Namespace, batches: int) -> tuple[int, Workload]
     """Workload (b): a teacher of an experiment over its corpus, as the teach stage sees it."""
     from ki_ds.experiment.graph import load_experiment
     from ki_ds.models.language_model import LanguageModel
+    from ki_ds.stages import models
     from ki_ds.workspace import Workspace
 
     space = Workspace(load_experiment(arguments.experiment), arguments.experiment, arguments.workdir.absolute())
-    model = LanguageModel(space.finished_model(arguments.teacher).eval(), space.tokenizer.size, arguments.teacher)
+    model = LanguageModel(models.finished(space, arguments.teacher).eval(), space.tokenizer.size, arguments.teacher)
     tokens, stream, viewer = (
         space.tokens(arguments.corpus),
         space.stream(arguments.corpus),

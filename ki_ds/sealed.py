@@ -13,13 +13,14 @@ import json
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ki_ds.errors import UserError
 from ki_ds.files import digest, remedy, sync, write_atomically
 
 SCHEMA = 1
 MANIFEST, UNSEALED = "manifest.json", "unsealed.json"
+State = Literal["sealed", "unsealed", "absent", "other"]
 
 
 @dataclass(frozen=True)
@@ -126,9 +127,10 @@ def open_sealed(path: Path) -> Manifest:
     return Manifest(path, str(data["fingerprint"]), dict(data["facts"]), data)
 
 
-def state(path: Path, identity: Identity | None = None) -> str:
+def state(path: Path, identity: Identity | None = None) -> State:
     """'sealed', 'unsealed', 'absent', or 'other' where the folder was made for another identity."""
-    for name, found in ((MANIFEST, "sealed"), (UNSEALED, "unsealed")):
+    states: dict[str, State] = {MANIFEST: "sealed", UNSEALED: "unsealed"}
+    for name, found in states.items():
         if (path / name).exists():
             matches = identity is None or digest(_identity(_read(path / name))) == identity.fingerprint
             return found if matches else "other"

@@ -1,7 +1,8 @@
 """A rank of the train stage: deepspeed runners/train.py EXPERIMENT.json --workdir DIR [--name NAME]."""
 
 import sys
+from pathlib import Path
 
 from ki_ds.cli.main import main
 
-main(["worker", "train", *sys.argv[1:]])
+main(["worker", Path(__file__).stem, *sys.argv[1:]])

@@ -1,17 +1,17 @@
-"""The experiment as a graph: read and checked; who starts and inherits from whom, in which order stages run."""
+"""The experiment as a graph: read and checked; who starts and inherits from whom, and what is wanted of a teacher."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
 
 from ki_ds.corpus.stream import Mix
 from ki_ds.errors import UserError, nearest
 from ki_ds.experiment.schedules import teacher_steps
-from ki_ds.experiment.schema import Experiment, Inherit, Model
+from ki_ds.experiment.schema import Experiment, Inherit, Model, Train
 from ki_ds.experiment.strict import assignment, merge_patch, parse, read_json
 from ki_ds.targets.selection import Selection
+from ki_ds.targets.spec import TargetSpec
 
 
 def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, ...] = ()) -> Experiment:
@@ -170,25 +170,52 @@ def order(experiment: Experiment) -> list[str]:
     return ordered
 
 
-# ------------------------------------------------------------------------------------------------------ stages
-
-Kind = Literal["tokenizer", "corpus", "teach", "train", "evaluate", "report"]
-FOLDERS = {"corpus": "corpora", "teach": "targets", "train": "models", "evaluate": "results"}
+# ---------------------------------------------------------------------------------------------------- for stages
 
 
 @dataclass(frozen=True)
-class Stage:
-    """One piece of work, and the folder under the work directory that it makes."""
+class TrainedModel:
+    """A model that is trained here."""
 
-    kind: Kind
     name: str
+    model: Model
+    train: Train
+    seed: int  # of its initial weights and dropout
 
     @property
-    def folder(self) -> str:
-        return f"{FOLDERS[self.kind]}/{self.name}" if self.kind in FOLDERS else self.kind
+    def place(self) -> str:
+        """Its JSON path, for errors."""
+        return f"models.{self.name}"
 
-    def __str__(self) -> str:
-        return self.kind if self.kind == self.name else f"{self.kind} {self.name}"
+    @property
+    def teachers(self) -> dict[str, str]:
+        """From whom it inherits, by corpus."""
+        return self.model.inherit.teachers if self.model.inherit else {}
+
+    @property
+    def teacher_steps(self) -> int:
+        """How many of its first steps a teacher guides."""
+        return teacher_steps(self.model.inherit, self.train.steps)
+
+    @property
+    def mix(self) -> Mix:
+        """Of the corpora that it is trained on."""
+        return Mix(list(self.train.on.values()))
+
+    def samples_taught(self, corpus: str) -> int:
+        """How far into a corpus's stream it reads while a teacher guides it."""
+        read = self.mix.counts(self.teacher_steps * self.train.batch_size)
+        return read[list(self.train.on).index(corpus)]
+
+
+def trained_models(experiment: Experiment) -> dict[str, TrainedModel]:
+    """The models that are trained here, each after those it needs."""
+    models = ((name, experiment.models[name]) for name in order(experiment))
+    return {
+        name: TrainedModel(name, model, model.train, experiment.model_seed(name))
+        for name, model in models
+        if model.train
+    }
 
 
 def targets_name(teacher: str, corpus: str, inherit: Inherit) -> str:
@@ -197,21 +224,8 @@ def targets_name(teacher: str, corpus: str, inherit: Inherit) -> str:
     return f"{teacher}@{corpus}{inherit.targets.selection(inherit.temperature).suffix}"
 
 
-def stages(experiment: Experiment) -> list[Stage]:
-    """Everything the experiment needs, in an order in which each finds its inputs ready."""
-    found = [Stage("tokenizer", "tokenizer"), *(Stage("corpus", name) for name in experiment.corpora)]
-    for name in order(experiment):
-        model = experiment.models[name]
-        if model.inherit:
-            found += [Stage("teach", name) for name in taught_by(experiment, model).values() if name]
-        if model.train:
-            found.append(Stage("train", name))
-    found += [Stage("evaluate", name) for name in order(experiment) if experiment.models[name].targets is None]
-    return [*dict.fromkeys(found), Stage("report", "report")]
-
-
 def taught_by(experiment: Experiment, model: Model) -> dict[str, str | None]:
-    """The targets that a student reads on each corpus, by the name of their stage; None: they come from elsewhere."""
+    """Names of the targets that a student reads on each corpus; None: they come from elsewhere."""
     inherit = model.inherit
     if inherit is None:
         return {}
@@ -222,31 +236,28 @@ def taught_by(experiment: Experiment, model: Model) -> dict[str, str | None]:
 
 
 @dataclass(frozen=True)
-class Needed:
+class WantedTargets:
     """What the students of one targets folder read of it."""
 
     teacher: str
     corpus: str
-    samples: int  # how far into the corpus's stream; past the last view pairs come again
-    selection: Selection  # with the largest k
-    temperatures: tuple[float, ...]  # at which the tail is stored
-    tails: tuple[float, ...]  # of these, the ones that a loss reads
+    spec: TargetSpec  # with the largest k; samples past the last view come again, and are not left out here
+    tails: tuple[float, ...]  # of the temperatures, those whose tail a loss reads
 
 
-def targets_needed(experiment: Experiment, name: str) -> Needed:
-    """What the targets of a teach stage must hold."""
+def wanted_targets(experiment: Experiment, name: str) -> WantedTargets:
+    """What the targets of this name must hold."""
     teacher, corpus = name.split("@")[:2]
     samples, chosen = 0, Selection("top_k", 1)
     temperatures, tails = set(), set()
-    for model in experiment.models.values():
-        inherit = model.inherit
-        if not model.train or not inherit or taught_by(experiment, model).get(corpus) != name:
+    for model in trained_models(experiment).values():
+        inherit = model.model.inherit
+        if inherit is None or taught_by(experiment, model.model).get(corpus) != name:
             continue
-        mix = Mix(list(model.train.on.values()))
-        read = mix.counts(teacher_steps(inherit, model.train.steps) * model.train.batch_size)
-        samples = max(samples, read[list(model.train.on).index(corpus)])
+        samples = max(samples, model.samples_taught(corpus))
         selection = inherit.targets.selection(inherit.temperature)
         chosen = replace(selection, k=max(selection.k, chosen.k))
         temperatures.add(inherit.temperature)
         tails |= {inherit.temperature} if inherit.targets.tail else set()
-    return Needed(teacher, corpus, samples, chosen, tuple(sorted(temperatures)), tuple(sorted(tails)))
+    spec = TargetSpec(chosen, tuple(temperatures), experiment.target_distortion.mean, samples)
+    return WantedTargets(teacher, corpus, spec, tuple(sorted(tails)))

@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
@@ -21,13 +22,11 @@ from types import FrameType
 from typing import Literal
 
 from ki_ds.errors import UserError
-from ki_ds.experiment.graph import Stage
 from ki_ds.launch.distributed import free_port
 from ki_ds.launch.heartbeat import REQUEUE, SIGNALS
 from ki_ds.launch.monitor import Monitor
 from ki_ds.progress import say
 
-LAUNCHED = ("teach", "train", "evaluate")
 LAUNCHERS = {
     "pdsh": "pdsh",
     "openmpi": "ompi_info",
@@ -96,8 +95,8 @@ def _unreachable(names: list[str]) -> list[str]:
     return [name for name, process in tries if process.wait()]
 
 
-def launched(launch: Launch, group: list[Stage]) -> Outcome:
-    """Run engine stages in ranks of their own, to the end."""
+def launched(launch: Launch, stages: Sequence[str]) -> Outcome:
+    """Run stages ("train:student") in ranks of their own, to the end."""
     launch.control.mkdir(parents=True, exist_ok=True)
     control = Path(mkdtemp(dir=launch.control))  # its own: what an earlier launch was told is not for these ranks
     monitor = Monitor(control, launch.processes, launch.timeout_s)
@@ -118,7 +117,7 @@ def launched(launch: Launch, group: list[Stage]) -> Outcome:
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
     silent = ""
     try:
-        process = subprocess.Popen(_command(launch, group, control), env=_environment(launch), start_new_session=True)
+        process = subprocess.Popen(_command(launch, stages, control), env=_environment(launch), start_new_session=True)
         while process.poll() is None and not silent:
             word = "save" if monitor.asked else word
             monitor.say(word)
@@ -163,7 +162,7 @@ def _stop(process: subprocess.Popen[bytes], monitor: Monitor, launch: Launch) ->
             time.sleep(0.05)
 
 
-def _command(launch: Launch, group: list[Stage], control: Path) -> list[str]:
+def _command(launch: Launch, stages: Sequence[str], control: Path) -> list[str]:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank"]
     program = ["--module", "ki_ds.cli"]
     if launch.hostfile:
@@ -178,13 +177,14 @@ def _command(launch: Launch, group: list[Stage], control: Path) -> list[str]:
         # an empty host file keeps a machine-wide one (/job/hostfile) out of a single-node run
         command += ["--hostfile", os.devnull, "--master_addr", "127.0.0.1", *_resources(launch.processes)]
     arguments = [*launch.arguments, "--control", str(control), "--timeout", str(launch.timeout_s / 60)]
-    arguments += [part for stage in group for part in ("--name", f"{stage.kind}:{stage.name}")]
+    arguments += [part for stage in stages for part in ("--name", stage)]
     if launch.hostfile is None:
         arguments += ["--parent", str(os.getpid())]
     elif launch.launcher == "pdsh":
         # a shell on each node reads them once more; DeepSpeed quotes those with a space, and only those
         arguments = [argument if " " in argument else shlex.quote(argument) for argument in arguments]
-    return [*command, "--master_port", str(free_port()), *program, "worker", ",".join(LAUNCHED), *arguments]
+    kinds = ",".join(dict.fromkeys(stage.partition(":")[0] for stage in stages))
+    return [*command, "--master_port", str(free_port()), *program, "worker", kinds, *arguments]
 
 
 def _environment(launch: Launch) -> dict[str, str]:

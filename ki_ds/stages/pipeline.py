@@ -1,178 +1,143 @@
-"""Runs the graph, stage by stage; stages that use the engine run under the deepspeed launcher."""
+"""Runs an experiment's stages, each after those whose folders it reads; loops over the list of stages."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import gc
+import time
+from collections.abc import Iterable, Sequence
 
-from ki_ds.corpus import tokenizer as tokenizers
-from ki_ds.corpus.sources import FileSource, files
-from ki_ds.engine import config as engine_config
+import torch
+
 from ki_ds.errors import StageFailed, UserError
-from ki_ds.experiment.graph import Kind, Stage, stages, targets_needed
+from ki_ds.experiment.schema import Experiment
+from ki_ds.launch import distributed, heartbeat
 from ki_ds.launch.heartbeat import Stopped
-from ki_ds.launch.launcher import LAUNCHED, Launch, launched
-from ki_ds.progress import say
-from ki_ds.sealed import MANIFEST, check_identity, state
-from ki_ds.stages.worker import work
-from ki_ds.targets.manifest import read_facts
-from ki_ds.teaching import teacher as inference
-from ki_ds.teaching.job import complete
+from ki_ds.launch.launcher import Launch, launched
+from ki_ds.progress import duration, say
+from ki_ds.stages import STAGES
+from ki_ds.stages.stage import Refusals, Stage
 from ki_ds.workspace import Workspace
 
-# --------------------------------------------------------------------------------------------------- before
+
+def stages(experiment: Experiment) -> list[Stage]:
+    """Everything the experiment needs, each stage after those whose folders it reads, otherwise in the list's order."""
+    found: dict[str, Stage] = {stage.folder: stage for kind in STAGES for stage in kind.of(experiment)}
+    ordered: dict[str, Stage] = {}
+
+    def visit(folder: str) -> None:
+        if folder not in ordered:
+            for read in found[folder].inputs(experiment):
+                visit(read)
+            ordered[folder] = found[folder]
+
+    for folder in found:
+        visit(folder)
+    return list(ordered.values())
+
+
+def commands() -> dict[str, str]:
+    """The commands that run stages of one kind, and what they say of themselves."""
+    return {kind.command: kind.help for kind in STAGES if kind.help}
 
 
 def default_processes(space: Workspace) -> int:
     """As many ranks as there are GPUs, or fewer where that does not divide every batch; one without a GPU."""
-    import torch
-
     batches = [model.train.batch_size for model in space.experiment.models.values() if model.train]
     counts = range(torch.cuda.device_count(), 0, -1)
     return next((count for count in counts if all(batch % count == 0 for batch in batches)), 1)
 
 
-def preflight(space: Workspace, processes: int, kinds: Iterable[str] | None = None, here: bool = False) -> None:
-    """Everything that can be refused before anything of these kinds (all by default) runs; `here`: on this machine.
+def preflight(space: Workspace, chosen: Iterable[Stage], ranks: int, here: bool = False) -> None:
+    """Everything that can be refused before anything runs; `here`: the ranks run on this machine.
 
     Raises:
-        UserError: with every problem found in the experiment, the engine JSON, the sources and the given models.
+        UserError: with every problem found, a line each.
     """
-    e = space.experiment
-    lines: list[str] = []
-
-    def gather(check: Any, *arguments: Any) -> Any:
-        try:
-            return check(*arguments)
-        except UserError as error:
-            lines.append(str(error))
-            return None
-
-    def unfinished(kind: Kind, name: str) -> bool:
-        return not (space.folder(Stage(kind, name)) / MANIFEST).exists()
-
-    config = gather(lambda: space.engine_config)
-    untrained = any(model.train and unfinished("train", name) for name, model in e.models.items())
-    if here and untrained and config is not None:
-        gather(engine_config.check_device, config)
-    for name, corpus in e.corpora.items():
-        if unfinished("corpus", name):
-            for index, source in enumerate(corpus.sources):
-                if isinstance(source, FileSource):
-                    gather(files, source, space.bases, f"corpora.{name}.sources.{index}")
-    tokenizer = gather(expected_tokenizer, space)
-    for name, model in e.models.items():
-        place = f"models.{name}"
-        if model.train and unfinished("train", name):
-            gather(engine_config.micro_batch_size, model.train, processes, place)
-        for one in (model.targets if kinds is None or "train" in kinds else None) or ():
-            gather(read_facts, space.stored(name, one))
-        if tokenizer is None or model.targets:
-            continue
-        config = gather(space.model_config, name, tokenizer)
-        if model.pretrained and config is not None:
-            gather(space.check_fit, name, config, tokenizer.size)
-            gather(_same_tokenizer, space, name, tokenizer)
-        wanted = model.inherit.targets if model.inherit else None
-        if wanted and wanted.select != "sampled" and wanted.k > tokenizer.size:
-            lines.append(
-                f"{place}.inherit.targets.k: found {wanted.k}; expected at most the vocabulary size, {tokenizer.size}"
-            )
-    asked = [one.name for one in stages(e) if one.kind == "teach" and unfinished("teach", one.name)]
-    if tokenizer is not None and asked and (kinds is None or "teach" in kinds):
-        teachers = [*dict.fromkeys(targets_needed(e, name).teacher for name in asked)]
-        gather(inference.check, space, teachers, tokenizer, processes)
-    if lines:
-        raise UserError("\n".join(dict.fromkeys(lines)))
+    refusals = Refusals()
+    for stage in chosen:
+        stage.refuse(space, ranks, here, refusals)
+    refusals.check()
 
 
-def expected_tokenizer(space: Workspace) -> tokenizers.TextTokenizer:
-    """The experiment's tokenizer: as sealed, as given, or with the numbers that one yet to be trained will have."""
-    given, objective = space.experiment.tokenizer, space.experiment.objective
-    if stage_state(space, Stage("tokenizer", "tokenizer")) == "sealed":
-        return space.tokenizer
-    if given.train:
-        return tokenizers.expected(given.train.vocabulary_size, objective)
-    return tokenizers.load(space.model_or_name(str(given.pretrained)), objective, "tokenizer.pretrained")
-
-
-def _same_tokenizer(space: Workspace, name: str, tokenizer: tokenizers.TextTokenizer) -> None:
-    folder = space.model_or_name(str(space.experiment.models[name].pretrained))
-    own = tokenizers.load(folder, space.experiment.objective, f"models.{name}.pretrained")
-    if own.digest != tokenizer.digest:
-        raise UserError(
-            f"models.{name}.pretrained: {folder} has another tokenizer ({own.size} ids) than this experiment "
-            f'({tokenizer.size} ids); expected "tokenizer": {{"pretrained": "{folder}"}}, or a model made with this one'
-        )
-
-
-# ---------------------------------------------------------------------------------------------------- state
-
-
-def stage_state(space: Workspace, stage: Stage) -> str:
-    """'sealed', 'unsealed' (begun, or to be extended), 'absent', or 'other' where it belongs to something else."""
-    folder = space.folder(stage)
-    if stage.kind == "report":
-        return "sealed" if (folder / "report.html").exists() else "absent"
-    if any(not (space.folder(one) / MANIFEST).exists() for one in space.inputs_of(stage)):
-        return "absent" if state(folder) == "absent" else "unsealed"
-    found = state(folder, space.identity(stage))
-    if found == "sealed" and stage.kind == "teach":
-        return "sealed" if complete(folder, space.needed(stage).samples) else "unsealed"
-    return found
-
-
-# ------------------------------------------------------------------------------------------------------ run
-
-
-def run(space: Workspace, launch: Launch, kinds: Iterable[str] | None = None, name: str | None = None) -> None:
-    """Run what is not sealed yet of the named kinds (all by default), in order.
+def run(space: Workspace, launch: Launch, command: str | None = None, name: str | None = None) -> list[Stage]:
+    """Run what is not sealed yet, in order: of all stages, or of those that belong to a command, or bear a name; these.
 
     Raises:
         UserError: the input is wrong, or an earlier stage is missing.
         StageFailed: a launched stage failed.
+        Stopped: a signal asked for it; what was done is saved.
     """
-    preflight(space, launch.processes, kinds, here=launch.hostfile is None)
-    chosen = [s for s in stages(space.experiment) if (kinds is None or s.kind in kinds) and name in (None, s.name)]
+    every = stages(space.experiment)
+    of_command = [stage for stage in every if command in (None, stage.command)]
+    chosen = [stage for stage in of_command if name in (None, stage.name)]
     if not chosen:
-        known = [s.name for s in stages(space.experiment) if kinds is None or s.kind in kinds]
-        raise UserError(f'there is no stage "{name}"; the experiment has {", ".join(known)}')
+        known = ", ".join(stage.name for stage in of_command)
+        raise UserError(f'there is no stage "{name}"; the experiment has {known}')
+    preflight(space, chosen, launch.processes, here=launch.hostfile is None)
+    _check_inputs(space, every, chosen)
+    waiting: list[Stage] = []  # launched stages in a row share one launch
     for stage in chosen:
-        for one in space.inputs_of(stage):
-            if one in chosen:
-                continue
-            found = stage_state(space, one)
-            if found == "other":
-                check_identity(space.folder(one), space.identity(one))
-            if found != "sealed":
-                raise UserError(
-                    f"{stage} reads {space.folder(one)}, which is not finished. Run `ki-ds run` to make it."
-                )
-    waiting: list[Stage] = []  # engine stages in a row share one launch
-    for stage in chosen:
-        if stage.kind not in LAUNCHED and waiting:
-            started(space, launch, waiting)
+        if not stage.launched and waiting:
+            _launch(space, launch, waiting)
             waiting = []
-        if stage.kind != "report" and stage_state(space, stage) == "sealed":
+        if stage.lasting and stage.state(space) == "sealed":
             say(f"{stage}: done before")
-        elif stage.kind in LAUNCHED:
+        elif stage.launched:
             waiting.append(stage)
         else:
             work(stage, space)
     if waiting:
-        started(space, launch, waiting)
+        _launch(space, launch, waiting)
+    return chosen
 
 
-def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
-    """Run engine stages under the deepspeed launcher, in a process group of their own.
+def _check_inputs(space: Workspace, every: Sequence[Stage], chosen: Sequence[Stage]) -> None:
+    """Check that what the chosen stages read is there, or is made by one of them.
+
+    Raises:
+        UserError: it is not finished, or was made for another experiment.
+    """
+    makers = {stage.folder: stage for stage in every}
+    for stage in chosen:
+        for maker in (makers[read] for read in stage.inputs(space.experiment)):
+            if maker in chosen:
+                continue
+            found = maker.state(space)
+            if found == "other":
+                maker.check_identity(space)
+            if found != "sealed":
+                folder = space.root / maker.folder
+                raise UserError(f"{stage} reads {folder}, which is not finished. Run `ki-ds run` to make it.")
+
+
+def work(stage: Stage, space: Workspace) -> None:
+    """Run one stage in this process; under a launcher every rank does.
+
+    Raises:
+        UserError: the input or the state of the work directory does not allow it.
+    """
+    began, shown = time.monotonic(), distributed.rank() == 0
+    heartbeat.report(str(stage))
+    if shown:
+        say(f"{stage} …")
+    stage.run(space)
+    gc.collect()  # an engine is full of cycles; the next stage needs its memory
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    if shown:
+        say(f"{stage}: done in {duration(time.monotonic() - began)}")
+
+
+def _launch(space: Workspace, launch: Launch, group: list[Stage]) -> None:
+    """Run stages under the launcher, in a process group of their own.
 
     Raises:
         StageFailed: they ended without sealing their folders, whatever the launcher's exit code says.
         Stopped: a signal asked for it; what was done is saved.
     """
     for again in range(launch.restarts, -1, -1):
-        outcome = launched(launch, group)
-        group = [stage for stage in group if stage_state(space, stage) != "sealed"]
+        outcome = launched(launch, [stage.label for stage in group])
+        group = [stage for stage in group if stage.state(space) != "sealed"]
         if not group:
             return
         if outcome.how == "stopped":

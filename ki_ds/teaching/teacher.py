@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ki_ds.engine.config import InferenceEngineConfig
 from ki_ds.errors import UserError, reason
+from ki_ds.experiment.schema import Inference
 from ki_ds.kernels.select.eager import Predictions, select_targets
 from ki_ds.launch import distributed
 from ki_ds.models import flops
@@ -22,11 +23,6 @@ from ki_ds.models.language_model import LanguageModel
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.selection import Selection
 from ki_ds.teaching.parallel import Partitioned, Replicated, TensorParallel
-
-if TYPE_CHECKING:
-    from ki_ds.corpus.tokenizer import TextTokenizer
-    from ki_ds.experiment.schema import Inference
-    from ki_ds.workspace import Workspace
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MICRO_BATCH = 16  # sequences
@@ -59,16 +55,15 @@ class Predictor(nn.Module):
 # ------------------------------------------------------------------------------------- before anything runs
 
 
-def check(
-    space: Workspace, teachers: list[str], tokenizer: TextTokenizer, processes: int
-) -> InferenceEngineConfig | None:
-    """Check that the teachers can be run as the experiment's `inference` says, and return its DeepSpeed JSON.
+def check(settings: Inference, processes: int, teachers: Mapping[str, Any], objective: str) -> None:
+    """Check that teachers can be run as the experiment's `inference` says.
+
+    Args:
+        teachers: Hugging Face configurations by the models' names.
 
     Raises:
-        UserError: the ranks cannot be grouped, the machine lacks the precision, the engine JSON is not one for
-            inference, or a teacher cannot be cut.
+        UserError: the ranks cannot be grouped, the machine lacks the precision, or a teacher cannot be cut.
     """
-    settings = space.experiment.inference
     size = settings.tensor_parallel
     if processes % size:
         raise UserError(
@@ -77,9 +72,8 @@ def check(
         )
     if settings.precision != "fp32":
         _check_precision(settings.precision)
-    for name in teachers if size > 1 else ():
-        _check_tensor_parallel(space.model_config(name, tokenizer), space.experiment.objective, size, f"models.{name}")
-    return space.inference_config
+    for name, config in teachers.items() if size > 1 else ():
+        _check_tensor_parallel(config, objective, size, f"models.{name}")
 
 
 def _check_precision(precision: str) -> None:

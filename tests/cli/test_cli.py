@@ -11,7 +11,8 @@ from helpers.commands import ki_ds, write
 
 from ki_ds.cli.main import main
 from ki_ds.errors import UserError
-from ki_ds.experiment.graph import load_experiment
+from ki_ds.experiment.graph import load_experiment, trained_models
+from ki_ds.stages import student_data
 from ki_ds.training.batches import BatchLayout
 from ki_ds.workspace import Workspace
 
@@ -300,7 +301,8 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, cap
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest["files"] = {path.name: path.stat().st_size for path in folder.glob("*.kit")}
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    loader = Workspace(load_experiment(file), file, work).loader("s", BatchLayout(4, 4, 0, 1))
+    space = Workspace(load_experiment(file), file, work)
+    loader = student_data.loader(space, trained_models(space.experiment)["s"], BatchLayout(4, 4, 0, 1))
     with pytest.raises(UserError, match="its header gives stream"):
         loader.load(0, 1.0)
     foreign = json.loads((tmp_path / "other" / "targets" / "t@a" / "manifest.json").read_text())

@@ -11,7 +11,6 @@ from ki_ds.engine import checkpoints, optimizers
 from ki_ds.engine.config import EngineConfig
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Model
-from ki_ds.stages import identities
 
 BARE = {"zero_optimization": {"stage": 0}}
 
@@ -39,7 +38,7 @@ def test_optimizer_that_the_engine_cannot_run(changes, config, message):
 
 def test_identity_names_the_optimizer_only_where_it_is_not_the_default():
     def shaping(**changes):
-        return identities.shaping(Model(architecture="gpt-tiny", train=settings(**changes)))["train"]
+        return shaping(Model(architecture="gpt-tiny", train=settings(**changes)))["train"]
 
     assert "optimizer" not in shaping()
     assert shaping(optimizer="lamb") == {**shaping(), "optimizer": "lamb"}

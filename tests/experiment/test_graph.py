@@ -9,10 +9,12 @@ from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from ki_ds.corpus.stream import Mix
-from ki_ds.experiment.graph import Stage, check, needs, order, stages, targets_name, targets_needed, taught_by
+from ki_ds.experiment.graph import check, needs, order, targets_name, taught_by, wanted_targets
 from ki_ds.experiment.schedules import CONSTANT_ALPHA, alpha, teacher_steps
 from ki_ds.experiment.schema import Experiment, Inherit
 from ki_ds.experiment.strict import parse
+from ki_ds.stages import Corpus, Evaluate, Report, Teach, Tokenizer, Train
+from ki_ds.stages.pipeline import stages
 from ki_ds.targets.selection import Selection
 
 calm = settings(deadline=None)
@@ -169,21 +171,21 @@ def test_sixty_generations_are_ordered_at_once():
 @given(graphs())
 def test_every_stage_stands_behind_its_inputs_and_once(e):
     found = stages(e)
-    assert len(set(found)) == len(found) and found[0] == Stage("tokenizer", "tokenizer")
-    assert found[-1] == Stage("report", "report")
+    assert len(set(found)) == len(found) and found[0] == Tokenizer("tokenizer")
+    assert found[-1] == Report("report")
     place = {stage: index for index, stage in enumerate(found)}
 
     def before(stage, *inputs):
         assert all(place[one] < place[stage] for one in inputs)
 
     for name, made in e.models.items():
-        before(Stage("evaluate", name), Stage("train", name))
-        before(Stage("train", name), *(Stage("corpus", corpus) for corpus in made.train.on))
-        before(Stage("train", name), *(Stage("train", other) for other in needs(e, name)))
+        before(Evaluate(name), Train(name))
+        before(Train(name), *(Corpus(corpus) for corpus in made.train.on))
+        before(Train(name), *(Train(other) for other in needs(e, name)))
         for corpus, teacher in (made.inherit.teachers if made.inherit else {}).items():
-            taught = Stage("teach", targets_name(teacher, corpus, made.inherit))
-            before(taught, Stage("train", teacher), Stage("corpus", corpus))
-            before(Stage("train", name), taught)
+            taught = Teach(targets_name(teacher, corpus, made.inherit))
+            before(taught, Train(teacher), Corpus(corpus))
+            before(Train(name), taught)
     assert {stage.name for stage in found if stage.kind == "corpus"} == set(e.corpora)
 
 
@@ -228,9 +230,9 @@ def test_a_sweep_over_k_tail_and_temperature_shares_one_folder():
         d=({"select": "top_k_tail", "k": 30}, 3.0),
     )  # fmt: skip
     assert teach_stages(e) == ["t@wb"]
-    needed = targets_needed(e, "t@wb")
-    assert needed.selection == Selection("top_k", 50)
-    assert needed.temperatures == (1.0, 2.0, 3.0, 4.0)
+    needed = wanted_targets(e, "t@wb")
+    assert needed.spec.selection == Selection("top_k", 50)
+    assert needed.spec.temperatures == (1.0, 2.0, 3.0, 4.0)
     assert needed.tails == (3.0,)
 
 
@@ -240,9 +242,9 @@ def test_top_p_has_a_folder_for_each_p_whatever_k_and_temperature():
         c=({"select": "top_p", "p": 0.95}, 2.0), d=({"k": 7}, 2.0),
     )  # fmt: skip
     assert teach_stages(e) == ["t@wb@top_p-0.9", "t@wb@top_p-0.95", "t@wb"]
-    assert targets_needed(e, "t@wb@top_p-0.9").selection == Selection("top_p", 40, p=0.9)
-    assert targets_needed(e, "t@wb@top_p-0.95").selection == Selection("top_p", 100, p=0.95)
-    assert targets_needed(e, "t@wb").selection == Selection("top_k", 7)
+    assert wanted_targets(e, "t@wb@top_p-0.9").spec.selection == Selection("top_p", 40, p=0.9)
+    assert wanted_targets(e, "t@wb@top_p-0.95").spec.selection == Selection("top_p", 100, p=0.95)
+    assert wanted_targets(e, "t@wb").spec.selection == Selection("top_k", 7)
 
 
 def test_draws_have_a_folder_for_each_number_and_temperature():
@@ -252,8 +254,8 @@ def test_draws_have_a_folder_for_each_number_and_temperature():
         c=({"select": "sampled", "draws": 60}, 2.0), d=({"select": "sampled"}, 1.5),
     )  # fmt: skip
     assert teach_stages(e) == ["t@wb@sampled-50-t2", "t@wb@sampled-60-t2", "t@wb@sampled-50-t1.5"]
-    assert targets_needed(e, "t@wb@sampled-60-t2").selection == Selection("sampled", 60, temperature=2.0)
-    assert targets_needed(e, "t@wb@sampled-50-t2").tails == ()
+    assert wanted_targets(e, "t@wb@sampled-60-t2").spec.selection == Selection("sampled", 60, temperature=2.0)
+    assert wanted_targets(e, "t@wb@sampled-50-t2").tails == ()
 
 
 def test_numbers_that_differ_little_do_not_share_a_folder():
@@ -327,10 +329,10 @@ def test_targets_reach_as_far_as_the_furthest_student_and_as_deep_as_the_deepest
             "other": model(teachers={"cs": "t"}, on={"cs": 1.0}, steps=100, batch_size=64, k=30),
         }
     )
-    wb, cs = targets_needed(e, "t@wb"), targets_needed(e, "t@cs")
-    assert (wb.teacher, wb.corpus, wb.samples, wb.selection) == ("t", "wb", 240, Selection("top_k", 20))
-    assert (cs.teacher, cs.corpus, cs.samples, cs.selection) == ("t", "cs", 6400, Selection("top_k", 30))
-    assert targets_needed(e, "far@wb").samples == 0
+    wb, cs = wanted_targets(e, "t@wb"), wanted_targets(e, "t@cs")
+    assert (wb.teacher, wb.corpus, wb.spec.samples, wb.spec.selection) == ("t", "wb", 240, Selection("top_k", 20))
+    assert (cs.teacher, cs.corpus, cs.spec.samples, cs.spec.selection) == ("t", "cs", 6400, Selection("top_k", 30))
+    assert wanted_targets(e, "far@wb").spec.samples == 0
 
 
 @calm
@@ -354,7 +356,7 @@ def test_targets_of_a_mix_are_those_that_the_student_reads_and_not_one_more(weig
     streams, places = Mix(weights)(np.arange(min(taught, steps) * batch_size))
     for number, name in enumerate(corpora):
         read = places[streams == number]
-        assert targets_needed(e, f"t@{name}").samples == (read.max() + 1 if len(read) else 0)
+        assert wanted_targets(e, f"t@{name}").spec.samples == (read.max() + 1 if len(read) else 0)
 
 
 # ------------------------------------------------------------------------------------------------------- α

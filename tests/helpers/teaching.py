@@ -52,7 +52,7 @@ def made(folder, kind="gpt2", objective="clm", sizes=None, **more):
     tokenizers.describe(trained, objective, "tokenizer").hugging_face.save_pretrained(folder / "teacher")
     space = opened(file, folder / "work")
     for stage in pipeline.stages(space.experiment):
-        if stage.kind in ("tokenizer", "corpus"):
+        if stage.command == "corpus":
             pipeline.work(stage, space)
     return file
 

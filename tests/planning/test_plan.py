@@ -7,9 +7,10 @@ import pytest
 
 from ki_ds.cli.main import main
 from ki_ds.engine.config import EngineConfig, OptimizerOffload, ParameterOffload
-from ki_ds.experiment.graph import load_experiment
+from ki_ds.experiment.graph import load_experiment, trained_models
 from ki_ds.planning import plan
-from ki_ds.planning.plan import GIB, PROCESS, Need, Room, in_order, offload, shipped_engines, verdict
+from ki_ds.planning.plan import Need, in_order, offload, shipped_engines, verdict
+from ki_ds.planning.room import GIB, PROCESS, Room
 from ki_ds.workspace import Workspace
 
 TEXT = "One sentence follows another, and both are short.\n\n" * 50
@@ -42,10 +43,12 @@ def file(tmp_path):
 
 @pytest.fixture
 def needed(file, tmp_path):
-    from ki_ds.stages.pipeline import expected_tokenizer
+    from ki_ds.stages import models
+    from ki_ds.stages.tokenizer import expected
 
     space = Workspace(load_experiment(file, None, ()), file, tmp_path / "work")
-    return Need(space, "m", expected_tokenizer(space), ranks=1, gpu=True)
+    config = models.configuration(space, "m", expected(space))
+    return Need(space.experiment, trained_models(space.experiment)["m"], config, ranks=1, gpu=True)
 
 
 LARGE = EngineConfig(zero_stage=0)

@@ -14,9 +14,10 @@ from helpers.commands import alive, environment, folder_digest, ki_ds, killed, m
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from ki_ds.errors import UserError
-from ki_ds.experiment.graph import Stage, load_experiment, stages
+from ki_ds.experiment.graph import load_experiment, trained_models
 from ki_ds.launch.distributed import free_port
-from ki_ds.stages import pipeline
+from ki_ds.stages import models, pipeline, student_data
+from ki_ds.stages.teach import Teach
 from ki_ds.training.batches import BatchLayout
 from ki_ds.workspace import Workspace
 
@@ -417,8 +418,16 @@ def test_runner_scripts_work_under_the_launcher_directly(masked, tmp_path):
 TEACH = ("t@a", "t@a@sampled-20-t2", "t@a@top_p-0.3")
 
 
+def student_of(space, name):
+    return trained_models(space.experiment)[name]
+
+
+def targets_read(space, name):
+    return student_data.targets(space, student_of(space, name), "a")
+
+
 def first_batch(space, name):
-    loader = space.loader(name, BatchLayout(8, 8, 0, 1))
+    loader = student_data.loader(space, student_of(space, name), BatchLayout(8, 8, 0, 1))
     try:
         return loader.load(0, 1.0)
     finally:
@@ -426,7 +435,7 @@ def first_batch(space, name):
 
 
 def folder_states(space):
-    return {name: pipeline.stage_state(space, Stage("teach", name)) for name in TEACH}
+    return {name: Teach(name).state(space) for name in TEACH}
 
 
 def test_every_selection_trains_to_the_end(selections):
@@ -448,7 +457,7 @@ def test_headers_say_where_targets_come_from(selections):
     file, work = selections
     header = json.loads((work / "targets" / "t@a" / "manifest.json").read_text())["facts"]["header"]
     space = opened(file, work)
-    assert header["teacher"] == {"name": "t", "digest": space.model_digest("t")}
+    assert header["teacher"] == {"name": "t", "digest": models.content(space, "t")}
     assert header["corpus"] == {"name": "a", "digest": space.tokens("a").digest}
     assert header["stream"] == {"seed": 1, "views": 1, "sequences": len(space.tokens("a").train)}
     assert header["codec"]["scalars"] == ["first", "truth", "tail@1", "tail@2"]  # temperatures of both students
@@ -478,7 +487,7 @@ def test_folder_that_lacks_what_is_asked_is_refused_with_the_key_and_the_remedy(
     space = opened(file, work, setting)
     assert folder_states(space)[name] == "other"
     with pytest.raises(UserError) as refused:
-        pipeline.run(space, pipeline.Launch([], 1, None), ("train",))
+        pipeline.run(space, pipeline.Launch([], 1, None), "train")
     said = str(refused.value)
     assert f"targets/{name}: made from another experiment" in said and difference in said
     assert f"or remove {work / 'targets' / name} to make it again" in said
@@ -488,7 +497,7 @@ def test_tail_at_another_temperature_is_never_read_as_this_one(selections):
     """The last line of defence, should a folder be put in place by hand."""
     file, work = selections
     with pytest.raises(UserError, match=r"at the temperatures 1, 2; expected 3 \(models.tail.inherit.temperature\)"):
-        opened(file, work, "models.tail.inherit.temperature=3").targets("tail", "a")
+        targets_read(opened(file, work, "models.tail.inherit.temperature=3"), "tail")
 
 
 def test_counts_are_exact_whatever_the_bound(selections):
@@ -532,7 +541,7 @@ def test_stored_teacher_teaches_in_another_experiment(stored, tmp_path):
     assert facts["teachers"]["a"]["flops_per_sequence"] == 0
     assert (facts["skipped_steps"], facts["skipped_tries"], facts["loss_scale"]) == (0, 0, None)
     space = opened(stored, work)
-    assert {pipeline.stage_state(space, stage) for stage in stages(space.experiment)} == {"sealed"}
+    assert {stage.state(space) for stage in pipeline.stages(space.experiment)} == {"sealed"}
     summary = json.loads((work / "report" / "summary.json").read_text())
     assert summary["models"]["s"]["teachers"] == {"a": "t"}
 
@@ -542,7 +551,7 @@ def test_stored_teacher_of_another_seed_or_corpus_is_refused_at_the_first_record
     assert first_batch(opened(stored, made), "s")[0].taught == 8 * 31
     (stored.parent / "b.txt").write_text(TEXT.replace("square", "second power"))
     other = opened(stored, tmp_path, 'corpora.a.sources=[{"text": "b.txt"}]')
-    pipeline.run(other, pipeline.Launch([], 1, None), ("tokenizer", "corpus"))
+    pipeline.run(other, pipeline.Launch([], 1, None), "corpus")
     for space in (opened(stored, made, "seed=2"), other):
         with pytest.raises(UserError, match="t@a: sample 0: the teacher saw another input than the student"):
             first_batch(space, "s")
@@ -561,17 +570,21 @@ def test_stored_teacher_of_another_seed_or_corpus_is_refused_at_the_first_record
 def test_stored_teacher_that_lacks_what_is_asked_is_refused_before_training(stored, selections, settings, words):
     _, work = selections
     with pytest.raises(UserError, match=words):
-        opened(stored, work, *settings).targets("s", "a")
+        targets_read(opened(stored, work, *settings), "s")
 
 
 @pytest.mark.parametrize("name", ["t@a@sampled-20-t2", "t@a@top_p-0.3"])
 def test_stored_folder_of_another_selection_is_not_read_as_top_k(stored, selections, name):
     _, work = selections
     with pytest.raises(UserError, match=r"expected models\.s\.inherit\.targets"):
-        opened(stored, work, f"models.t.targets.a=work/targets/{name}").targets("s", "a")
+        targets_read(opened(stored, work, f"models.t.targets.a=work/targets/{name}"), "s")
+
+
+def preflight(space):
+    pipeline.preflight(space, pipeline.stages(space.experiment), 1)
 
 
 def test_missing_stored_folder_is_refused_before_anything_runs(stored, tmp_path):
     with pytest.raises(UserError, match=r"nowhere: there is no manifest\.json: not a finished targets folder"):
-        pipeline.preflight(opened(stored, tmp_path, "models.t.targets.a=nowhere"), 1)
-    pipeline.preflight(opened(stored, tmp_path), 1)
+        preflight(opened(stored, tmp_path, "models.t.targets.a=nowhere"))
+    preflight(opened(stored, tmp_path))

@@ -10,8 +10,8 @@ import pytest
 from helpers.commands import folder_digest
 from helpers.teaching import TEACH, made, opened, ranks
 
-from ki_ds.experiment.graph import Stage
-from ki_ds.stages.worker import begin, lesson
+from ki_ds.stages.ranks import join
+from ki_ds.stages.teach import Teach
 from ki_ds.targets.folder import open_folder
 from ki_ds.teaching import job as teach
 
@@ -21,13 +21,13 @@ OFFLOADED = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"
 
 def one_rank(file, work, *settings):
     """What a rank of the teach stage does, telling how many parameters it holds, of the backbone and of the head."""
-    space, stage = opened(Path(file), Path(work), *settings), Stage("teach", "t@a")
-    folder, identity, device = begin(stage, space)
-    asked = lesson(stage, space, identity)
+    space, stage = opened(Path(file), Path(work), *settings), Teach("t@a")
+    identity, device = join(stage, space)
+    asked = stage.job(space, identity)
     teacher = asked.teacher(device)
     model = (teacher.predict.module if hasattr(teacher.predict, "module") else teacher.predict).model
     print("held", *(sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head)))
-    manifest = teach.teach(folder, identity, replace(asked, teacher=lambda device: teacher), device)
+    manifest = teach.teach(space.root / stage.folder, identity, replace(asked, teacher=lambda device: teacher), device)
     print("sealed", len(manifest.record["files"]))
 
 

@@ -9,11 +9,10 @@ from helpers.teaching import made, opened
 
 from ki_ds.engine.config import InferenceEngineConfig
 from ki_ds.errors import UserError
-from ki_ds.experiment.graph import Stage
 from ki_ds.experiment.schema import Inference
 from ki_ds.launch import heartbeat
 from ki_ds.stages import pipeline
-from ki_ds.stages.worker import lesson
+from ki_ds.stages.teach import Teach
 from ki_ds.teaching import job as teach
 from ki_ds.teaching import teacher as inference
 from ki_ds.teaching.parallel import Replicated
@@ -34,13 +33,19 @@ def llama(tmp_path_factory):
 
 
 def asked(file, *settings):
-    """The lesson of the experiment's teacher."""
+    """What the experiment's teacher is to do."""
     space = opened(file, file.parent / "work", *settings)
-    stage = Stage("teach", "t@a")
-    return lesson(stage, space, space.identity(stage))
+    stage = Teach("t@a")
+    return stage.job(space, stage.identity(space))
 
 
 # ------------------------------------------------------------------------------------------------------ refusals
+
+
+def preflight(file, *settings):
+    """Of the teach stage, by four ranks, before anything has run."""
+    space = opened(file, file.parent / "elsewhere", *settings)
+    pipeline.preflight(space, Teach.of(space.experiment), 4)
 
 
 @pytest.mark.parametrize(
@@ -57,13 +62,13 @@ def asked(file, *settings):
 )
 def test_what_cannot_run_is_refused_before_anything_runs(file, settings, words):
     with pytest.raises(UserError, match=words):
-        pipeline.preflight(opened(file, file.parent / "elsewhere", *settings), 4, ("teach",))
+        preflight(file, *settings)
 
 
 def test_heads_that_cannot_be_shared_out_are_refused(llama):
     with pytest.raises(UserError, match=r"num_attention_heads is 2; expected inference.tensor_parallel 4 to divide it"):
-        pipeline.preflight(opened(llama, llama.parent / "elsewhere", "inference.tensor_parallel=4"), 4, ("teach",))
-    pipeline.preflight(opened(llama, llama.parent / "elsewhere", "inference.tensor_parallel=2"), 4, ("teach",))
+        preflight(llama, "inference.tensor_parallel=4")
+    preflight(llama, "inference.tensor_parallel=2")
 
 
 def test_precision_that_the_machine_lacks_is_refused_with_those_that_it_has(file, monkeypatch):
@@ -72,7 +77,7 @@ def test_precision_that_the_machine_lacks_is_refused_with_those_that_it_has(file
     monkeypatch.setattr(get_accelerator(), "supported_dtypes", lambda: [torch.float32, torch.bfloat16])
     space = opened(file, file.parent / "elsewhere", "inference.precision=fp16")
     with pytest.raises(UserError, match=r'inference.precision: .* cannot compute in "fp16"; expected bf16 or fp32'):
-        pipeline.preflight(space, 1)
+        pipeline.preflight(space, pipeline.stages(space.experiment), 1)
 
 
 @pytest.mark.parametrize(
@@ -101,11 +106,11 @@ def test_engine_json_for_inference_is_taken():
 
 
 def test_only_another_precision_makes_other_targets(file):
-    stage, work = Stage("teach", "t@a"), file.parent / "work"
-    plain = opened(file, work).identity(stage)
+    stage, work = Teach("t@a"), file.parent / "work"
+    plain = stage.identity(opened(file, work))
     assert "precision" not in plain.config
-    assert opened(file, work, "inference.tensor_parallel=2", "inference.micro_batch_size=3").identity(stage) == plain
-    assert opened(file, work, "inference.precision=bf16").identity(stage).config["precision"] == "bf16"
+    assert stage.identity(opened(file, work, "inference.tensor_parallel=2", "inference.micro_batch_size=3")) == plain
+    assert stage.identity(opened(file, work, "inference.precision=bf16")).config["precision"] == "bf16"
 
 
 # -------------------------------------------------------------------------------------------------- micro-batches
@@ -126,7 +131,7 @@ class Short:
 
 @pytest.fixture(scope="module")
 def real(file):
-    """The lesson, and its teacher."""
+    """The job, and its teacher."""
     found = asked(file)
     return found, found.teacher(CPU)
 

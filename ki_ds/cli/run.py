@@ -1,0 +1,153 @@
+"""The commands that run stages: all of them, those of one kind, the demo's; and a rank of them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+
+from ki_ds.cli.options import (
+    File,
+    Hostfile,
+    Launcher,
+    LauncherArgs,
+    Name,
+    Processes,
+    Restarts,
+    Scale,
+    Set,
+    Timeout,
+    Workdir,
+    open_workspace,
+    ranks_of,
+)  # fmt: skip
+from ki_ds.errors import UserError
+from ki_ds.launch import distributed, heartbeat
+from ki_ds.launch.launcher import Launch, check
+from ki_ds.progress import duration, say
+from ki_ds.stages.pipeline import commands, run, stages, work
+from ki_ds.workspace import SHIPPED, Workspace
+
+
+def run_stages(
+    file: Path, scale: str | None = None, workdir: Path | None = None, processes: int | None = None,
+    hostfile: Path | None = None, settings: list[str] | None = None, launcher: str = "pdsh", launcher_args: str = "",
+    restarts: int = 0, timeout: float = 10.0, only: str | None = None, name: str | None = None,
+) -> None:  # fmt: skip
+    """Run the stages of an experiment: all, or those of the command `only`, or of these the one with a name.
+
+    Raises:
+        UserError: the input is wrong, or the ranks cannot be started.
+    """
+    began = time.monotonic()
+    space = open_workspace(file, scale, workdir, settings)
+    ranks = ranks_of(space, processes, hostfile)
+    arguments = [str(file.absolute()), "--workdir", str(space.root)]
+    arguments += ["--scale", scale] if scale else []
+    arguments += [part for setting in settings or () for part in ("--set", setting)]
+    control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
+    launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
+    check(launch)
+    for number in heartbeat.SIGNALS:
+        signal.signal(number, _on_signal)
+    done = run(space, launch, only, name)
+    say(f"\n{only or space.experiment.name}: all done in {duration(time.monotonic() - began)}")
+    for line in (line for stage in done for line in stage.conclusion(space)):
+        say(line)
+
+
+def _on_signal(_number: int, _frame: FrameType | None) -> None:
+    raise heartbeat.Stopped
+
+
+def run_command(
+    file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None, hostfile: Hostfile = None,
+    only: Annotated[str | None, typer.Option(help=", ".join(commands()))] = None,
+    settings: Set = None, launcher: Launcher = "pdsh", launcher_args: LauncherArgs = "", restarts: Restarts = 0,
+    timeout: Timeout = 10.0,
+) -> None:  # fmt: skip
+    """Run the whole experiment; what is sealed already is not done again, what was interrupted goes on."""
+    if only is not None and only not in commands():
+        raise UserError(f'--only: found "{only}"; allowed: {", ".join(commands())}')
+    run_stages(file, scale, workdir, processes, hostfile, settings, launcher, launcher_args, restarts, timeout, only)
+
+
+def stage_command(only: str) -> Callable[..., None]:
+    """The command that runs the stages of one kind."""
+
+    def command(
+        file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None,
+        hostfile: Hostfile = None, name: Name = None, settings: Set = None, launcher: Launcher = "pdsh",
+        launcher_args: LauncherArgs = "", restarts: Restarts = 0, timeout: Timeout = 10.0,
+    ) -> None:  # fmt: skip
+        run_stages(
+            file, scale, workdir, processes, hostfile, settings, launcher, launcher_args, restarts, timeout, only, name
+        )
+
+    return command
+
+
+def demo(workdir: Workdir = None, processes: Processes = None, settings: Set = None) -> None:
+    """Run the demo: a student that inherits against the same student alone, on real text."""
+    run_stages(shipped("experiments/demo.json"), workdir=workdir, processes=processes, settings=settings)
+
+
+def shipped(name: str) -> Path:
+    """A file of ds_configs, in a checkout or in an installed package.
+
+    Raises:
+        UserError: it is in neither.
+    """
+    for place in SHIPPED:
+        if (place / "ds_configs" / name).exists():
+            return place / "ds_configs" / name
+    raise UserError(f"ds_configs/{name} is not installed (looked in {' and '.join(map(str, SHIPPED))})")
+
+
+def worker(
+    kinds: str, file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None,
+    names: Annotated[list[str] | None, typer.Option("--name")] = None,
+    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    control: Annotated[Path | None, typer.Option(hidden=True)] = None, timeout: Timeout = 10.0,
+    local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+) -> None:  # fmt: skip
+    """One rank of launched stages; started by a launcher."""
+    if parent is not None:
+        distributed.end_with(parent)
+    space = open_workspace(file, scale, workdir, settings)
+    signs = control or space.root / ".control" / distributed.rendezvous()
+    heartbeat.start(signs, distributed.rank(), distributed.world_size(), 60 * timeout, watched=control is not None)
+    try:
+        _work(space, kinds, names or [])
+    finally:
+        if control is None and distributed.rank() == 0:
+            shutil.rmtree(signs, ignore_errors=True)
+    heartbeat.end("done")
+
+
+def _work(space: Workspace, kinds: str, names: list[str]) -> None:
+    known = [stage for stage in stages(space.experiment) if stage.kind in kinds.split(",")]
+    for name in names:
+        if not any(name in (stage.name, stage.label) for stage in known):
+            listed = ", ".join(stage.name for stage in known)
+            raise UserError(f"--name {name}: there is no such stage of kind {kinds}; the experiment has {listed}")
+    for stage in known:
+        if not names or {stage.name, stage.label} & {*names}:
+            work(stage, space)
+
+
+def add(app: typer.Typer) -> None:
+    """Add the commands to the app."""
+    app.command("run")(run_command)
+    for name, text in commands().items():
+        app.command(name, help=text)(stage_command(name))
+    app.command()(demo)
+    app.command(hidden=True)(worker)

@@ -1,0 +1,74 @@
+"""Stage: finished model + tokens → perplexity on the validation part of every corpus, under fixed masks."""
+
+from __future__ import annotations
+
+import json
+
+from ki_ds.experiment.graph import order
+from ki_ds.experiment.schema import Experiment
+from ki_ds.files import write_atomically
+from ki_ds.launch import distributed, heartbeat
+from ki_ds.metrics import finite
+from ki_ds.models.language_model import LanguageModel
+from ki_ds.progress import Progress
+from ki_ds.sealed import Identity, seal
+from ki_ds.stages import models
+from ki_ds.stages.ranks import join, prepared
+from ki_ds.stages.stage import Refusals, Stage, viewing
+from ki_ds.stages.tokenizer import expected
+from ki_ds.training.validation import perplexity, validate
+from ki_ds.workspace import Workspace
+
+MICRO_BATCH = 16  # sequences
+
+
+class Evaluate(Stage):
+    """Perplexity of a finished model."""
+
+    kind, parent, command, launched = "evaluate", "results", "evaluate", True
+    help = "Measure perplexities."
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> list[Evaluate]:
+        return [cls(name) for name in order(experiment) if experiment.models[name].targets is None]
+
+    def inputs(self, experiment: Experiment) -> list[str]:
+        trained = [models.folder(self.name)] if experiment.models[self.name].train else []
+        return ["tokenizer", *(f"corpora/{name}" for name in experiment.corpora), *trained]
+
+    def identity(self, space: Workspace) -> Identity:
+        e = space.experiment
+        inputs = {f"corpora/{name}": space.tokens(name).digest for name in e.corpora}
+        return Identity(self.kind, viewing(e), {f"models/{self.name}": models.content(space, self.name), **inputs})
+
+    def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
+        tokenizer = refusals.gather(expected, space)
+        if tokenizer is None:
+            return
+        config = refusals.gather(models.configuration, space, self.name, tokenizer)
+        if config is not None and space.experiment.models[self.name].pretrained:
+            refusals.gather(models.check_pretrained, space, self.name, config, tokenizer)
+
+    def run(self, space: Workspace) -> None:
+        identity, device = join(self, space)
+        if prepared(self, space, identity):
+            return
+        e = space.experiment
+        with heartbeat.lengthy(f"{self}: loading"):
+            loaded = models.finished(space, self.name).eval()
+            model = LanguageModel(loaded, space.tokenizer.size, f"models.{self.name}").to(device)
+        found = {}
+        total, first = sum(len(space.tokens(name).validation) for name in e.corpora), distributed.rank() == 0
+        with Progress(f"evaluate {self.name}", total, "sequences", 0, first) as progress:
+            for name in e.corpora:
+                heartbeat.stop_if_asked()
+                part, viewer = space.tokens(name).validation, space.viewer(name)
+                nats, rows = validate(model, part, viewer, MICRO_BATCH, device, progress)
+                mean = nats / max(rows, 1)
+                found[name] = {"perplexity": finite(perplexity(nats, rows)), "nats": finite(mean), "rows": rows}
+        if first:
+            folder = space.root / self.folder
+            text = json.dumps({"model": self.name, "corpora": found}, indent=1, allow_nan=False)
+            write_atomically(folder / "perplexity.json", text.encode())
+            seal(folder, identity, {})
+        distributed.barrier()

@@ -1,0 +1,132 @@
+"""The models of an experiment as Hugging Face has them: before they exist, new, and finished."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.corpus.tokenizer import TextTokenizer
+from ki_ds.errors import UserError
+from ki_ds.experiment.graph import TrainedModel
+from ki_ds.files import digest, file_digest
+from ki_ds.models import architectures, hugging_face
+from ki_ds.sealed import open_sealed
+from ki_ds.workspace import Workspace
+
+
+def folder(name: str) -> str:
+    """The folder under the work directory of a model that is trained here."""
+    return f"models/{name}"
+
+
+def folders(space: Workspace, *names: str) -> list[str]:
+    """Those of the named models that are trained here."""
+    return [folder(name) for name in names if space.experiment.models[name].train]
+
+
+def source(space: Workspace, name: str) -> str:
+    """The Hugging Face folder (or hub name) of a finished model."""
+    model = space.experiment.models[name]
+    if model.train is None:
+        return space.folder_or_name(str(model.pretrained))
+    return str(space.root / folder(name) / "model")
+
+
+def content(space: Workspace, name: str) -> str:
+    """What later stages know a finished model by: the digest of its weights.
+
+    Raises:
+        UserError: it is not finished.
+    """
+    if space.experiment.models[name].train is not None:
+        return open_sealed(space.root / folder(name)).digest
+    return pretrained_digest(source(space, name))
+
+
+@cache
+def pretrained_digest(source: str) -> str:
+    """Of a model folder: its weights and configuration; of a name on the hub: the name."""
+    folder = Path(source)
+    if not folder.is_dir():
+        return digest({"hub": source})
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
+    return digest({file.name: file_digest(file) for file in files if file.exists()})
+
+
+def configuration(space: Workspace, name: str, tokenizer: TextTokenizer) -> Any:
+    """The Hugging Face configuration of a model, before it exists.
+
+    Raises:
+        UserError: there is no such architecture or model, or it does not fit the experiment.
+    """
+    e, model = space.experiment, space.experiment.models[name]
+    if model.architecture is not None:
+        place = f"models.{name}.architecture"
+        return architectures.configuration(model.architecture, e.objective, tokenizer, e.sequence_length, place)
+    if model.start_from is not None:
+        return configuration(space, model.start_from, tokenizer)
+    return hugging_face.pretrained_configuration(
+        space.folder_or_name(str(model.pretrained)), f"models.{name}.pretrained"
+    )
+
+
+def new_student(space: Workspace, trained: TrainedModel) -> Any:
+    """The Hugging Face model that training begins with."""
+    model, objective, dropout = trained.model, space.experiment.objective, trained.train.dropout
+    if model.architecture is not None:
+        config = configuration(space, trained.name, space.tokenizer)
+        architectures.set_dropout(config, dropout)
+        return hugging_face.new_model(config, objective, trained.seed)
+    origin = source(space, model.start_from) if model.start_from else space.folder_or_name(str(model.pretrained))
+    found = hugging_face.load_model(origin, objective, trained.place, dropout)
+    check_fit(space, trained.name, found.config, space.tokenizer.size)
+    return found
+
+
+def finished(space: Workspace, name: str, dtype: torch.dtype = torch.float32) -> Any:
+    """A finished model, to teach or to be evaluated."""
+    found = hugging_face.load_model(source(space, name), space.experiment.objective, f"models.{name}", dtype=dtype)
+    check_fit(space, name, found.config, space.tokenizer.size)
+    return found
+
+
+def check_fit(space: Workspace, name: str, config: Any, vocabulary: int) -> None:
+    """Check that a model fits the tokenizer's vocabulary and the experiment's sequence length.
+
+    Raises:
+        UserError: its head has another number of rows, or it has too few positions.
+    """
+    e, place = space.experiment, f"models.{name}"
+    if config.vocab_size < vocabulary:
+        raise UserError(f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {vocabulary}")
+    if config.vocab_size > vocabulary and not e.models[name].padded_vocabulary:
+        raise UserError(
+            f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {vocabulary}. If the rest is padding "
+            'that no text ever uses, say so with "padded_vocabulary": true; else take its own tokenizer'
+        )
+    positions = getattr(config, "max_position_embeddings", None)
+    if positions is not None:
+        offset = config.model_type in architectures.OFFSET_POSITIONS
+        usable = positions - (config.pad_token_id + 1 if offset else 0)
+        if usable < e.sequence_length:
+            raise UserError(f"{place}: it knows {usable} positions, sequence_length is {e.sequence_length}")
+
+
+def check_pretrained(space: Workspace, name: str, config: Any, tokenizer: TextTokenizer) -> None:
+    """Check that a pretrained model fits the experiment and has its tokenizer.
+
+    Raises:
+        UserError: it does not.
+    """
+    check_fit(space, name, config, tokenizer.size)
+    folder = space.folder_or_name(str(space.experiment.models[name].pretrained))
+    own = tokenizers.load(folder, space.experiment.objective, f"models.{name}.pretrained")
+    if own.digest != tokenizer.digest:
+        raise UserError(
+            f"models.{name}.pretrained: {folder} has another tokenizer ({own.size} ids) than this experiment "
+            f'({tokenizer.size} ids); expected "tokenizer": {{"pretrained": "{folder}"}}, or a model made with this one'
+        )

@@ -1,0 +1,102 @@
+"""What a student reads: its corpora, and the targets of its teachers, checked against what it asks for."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from ki_ds.errors import UserError
+from ki_ds.experiment.graph import TrainedModel, taught_by
+from ki_ds.experiment.schema import Inherit
+from ki_ds.sealed import open_sealed
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.manifest import open_folder
+from ki_ds.training.batches import BatchLayout, Lane, Loader, Reading
+from ki_ds.workspace import Workspace
+
+
+def loader(space: Workspace, student: TrainedModel, layout: BatchLayout) -> Loader:
+    """The batches of a model's training.
+
+    Raises:
+        UserError: targets are not finished, or not what the student asks for.
+    """
+    inherit = student.model.inherit
+    reading = None
+    if inherit:
+        k = inherit.targets.selection(inherit.temperature).k
+        reading = Reading(k, inherit.temperature if inherit.targets.tail else None)
+    return Loader(lanes(space, student), student.mix, layout, reading)
+
+
+def lanes(space: Workspace, student: TrainedModel) -> list[Lane]:
+    """The corpora that a model is trained on, with its teachers' targets.
+
+    Raises:
+        UserError: as `loader`.
+    """
+    found = [
+        Lane(
+            corpus,
+            space.tokens(corpus).train,
+            space.stream(corpus),
+            space.viewer(corpus),
+            targets(space, student, corpus),
+        )
+        for corpus in student.train.on
+    ]
+    quanta = {str(lane.targets.folder): lane.targets.codec.quantum for lane in found if lane.targets}
+    if len(set(quanta.values())) > 1:
+        listed = ", ".join(f"{folder}: {value:g}" for folder, value in quanta.items())
+        raise UserError(f"{student.place}: its targets were quantised differently ({listed}); make them alike")
+    return found
+
+
+def targets(space: Workspace, student: TrainedModel, corpus: str) -> ShardFolder | None:
+    """The targets that a student reads on a corpus.
+
+    Raises:
+        UserError: they are not finished, or not what the student asks for.
+    """
+    inherit = student.model.inherit
+    if inherit is None or corpus not in inherit.teachers:
+        return None
+    name = taught_by(space.experiment, student.model)[corpus]
+    if name is None:
+        found = open_folder(space.stored(inherit.teachers[corpus], corpus))
+    else:
+        folder: Path = space.root / "targets" / name
+        open_sealed(folder)
+        found = open_folder(folder)
+    check(space, student, inherit, corpus, found)
+    return found
+
+
+def check(space: Workspace, student: TrainedModel, inherit: Inherit, corpus: str, found: ShardFolder) -> None:
+    """Check that targets hold what a student asks for.
+
+    Raises:
+        UserError: naming the difference.
+    """
+    wanted, folder, codec, size = inherit.targets, found.folder, found.codec, space.tokenizer.size
+    selection = wanted.selection(inherit.temperature)
+    said, counts = found.header.selection, codec.counts
+    if said is None:
+        raise UserError(f"{folder}: the header of its shards does not say what was selected")
+    alike = replace(said, k=0) == replace(selection, k=0) and counts == selection.counts
+    if not alike or codec.k < min(selection.k, size) or (counts and said.k != selection.k):
+        raise UserError(f"{folder}: holds {said.record}; expected {student.place}.inherit.targets {selection.record}")
+    if wanted.tail and not codec.stores(inherit.temperature):
+        there = ", ".join(f"{temperature:g}" for temperature in codec.temperatures)
+        raise UserError(
+            f"{folder}: the tail's weight is stored at the temperatures {there}; expected "
+            f"{inherit.temperature:g} ({student.place}.inherit.temperature)"
+        )
+    if codec.vocabulary != size:
+        raise UserError(f"{folder}: of a vocabulary of {codec.vocabulary} ids; the tokenizer has {size}")
+    read = min(student.samples_taught(corpus), space.experiment.views * len(space.tokens(corpus).train))
+    if found.samples < read:
+        raise UserError(
+            f"{folder}: holds {found.samples} samples; expected the {read} that {student.place} reads of "
+            f"corpora.{corpus} while it is taught"
+        )

@@ -1,0 +1,139 @@
+"""Stage: teacher model + tokens → targets."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ki_ds.errors import UserError
+from ki_ds.exchange.teacher_inputs import folder_header
+from ki_ds.experiment.graph import WantedTargets, taught_by, trained_models, wanted_targets
+from ki_ds.experiment.schema import Experiment
+from ki_ds.launch import distributed
+from ki_ds.planning import memory
+from ki_ds.planning.costs import Cost, model_cost, rows_per_sequence
+from ki_ds.planning.room import Room
+from ki_ds.sealed import MANIFEST, UNSEALED, Identity, State, parse_manifest
+from ki_ds.stages import models
+from ki_ds.stages.ranks import join
+from ki_ds.stages.stage import Refusals, Stage, viewing
+from ki_ds.stages.tokenizer import expected
+from ki_ds.targets.header import Origin
+from ki_ds.targets.spec import TargetSpec
+from ki_ds.teaching import teacher as teachers
+from ki_ds.teaching.job import TeachJob, complete, teach
+from ki_ds.workspace import Workspace
+
+
+class Teach(Stage):
+    """Store a teacher's predictions over a corpus, for all students that read them."""
+
+    kind, parent, command, launched = "teach", "targets", "teach", True
+    help = "Store the teachers' predictions."
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> list[Teach]:
+        students = trained_models(experiment).values()
+        names = (name for student in students for name in taught_by(experiment, student.model).values())
+        return [cls(name) for name in dict.fromkeys(names) if name]
+
+    def inputs(self, experiment: Experiment) -> list[str]:
+        wanted = wanted_targets(experiment, self.name)
+        trained = [models.folder(wanted.teacher)] if experiment.models[wanted.teacher].train else []
+        return ["tokenizer", f"corpora/{wanted.corpus}", *trained]
+
+    def wanted(self, space: Workspace) -> WantedTargets:
+        """What its students read; past the last view samples come again, so no more than all views are stored."""
+        wanted = wanted_targets(space.experiment, self.name)
+        every = space.experiment.views * len(space.tokens(wanted.corpus).train)
+        return replace(wanted, spec=replace(wanted.spec, samples=min(wanted.spec.samples, every)))
+
+    def spec(self, space: Workspace) -> TargetSpec:
+        """What its folder holds: as wanted; or, where there is one that serves (a larger k, more temperatures), as it
+        is."""
+        wanted, folder = self.wanted(space), space.root / self.folder
+        for name in (MANIFEST, UNSEALED):
+            path = folder / name
+            if path.exists() and (name == MANIFEST or any(folder.glob("*.kit"))):
+                config = parse_manifest(path.read_bytes(), str(path))["config"]
+                found = TargetSpec.from_config(config, wanted.spec.samples)
+                if found.serves(wanted.spec, wanted.tails):
+                    return replace(found, mean_distortion=wanted.spec.mean_distortion)
+                break
+        return wanted.spec
+
+    def identity(self, space: Workspace) -> Identity:
+        wanted, e = wanted_targets(space.experiment, self.name), space.experiment
+        inputs = {
+            f"models/{wanted.teacher}": models.content(space, wanted.teacher),
+            f"corpora/{wanted.corpus}": space.tokens(wanted.corpus).digest,
+        }
+        config = {**viewing(e), **self.spec(space).config}
+        if e.inference.precision != "fp32":
+            config["precision"] = e.inference.precision
+        return Identity(self.kind, config, inputs)
+
+    def state(self, space: Workspace) -> State:
+        found = super().state(space)
+        if found == "sealed" and not complete(space.root / self.folder, self.wanted(space).spec.samples):
+            return "unsealed"
+        return found
+
+    def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
+        if (space.root / self.folder / MANIFEST).exists():
+            return
+        e, teacher = space.experiment, wanted_targets(space.experiment, self.name).teacher
+        tokenizer = refusals.gather(expected, space)
+        config = None if tokenizer is None else refusals.gather(models.configuration, space, teacher, tokenizer)
+        refusals.gather(teachers.check, e.inference, ranks, {} if config is None else {teacher: config}, e.objective)
+        refusals.gather(lambda: space.inference_config)
+
+    def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
+        e, tokenizer = space.experiment, expected(space)
+        wanted = wanted_targets(e, self.name)
+        if (space.root / "corpora" / wanted.corpus / MANIFEST).exists():
+            wanted = self.wanted(space)
+        config = models.configuration(space, wanted.teacher, tokenizer)
+        samples, per_entry = wanted.spec.samples, 4 if tokenizer.size > 1 << 16 else 3  # before zstd
+        return Cost(
+            tokens=samples * e.sequence_length,
+            flops=samples * model_cost(e, config).flops_per_sequence,
+            bytes=samples * rows_per_sequence(e) * (10 + wanted.spec.selection.k * per_entry),
+            memory=memory.inference(config, e.objective, teachers.MICRO_BATCH, e.sequence_length, room.gpu),
+        )
+
+    def run(self, space: Workspace) -> None:
+        identity, device = join(self, space)
+        teach(space.root / self.folder, identity, self.job(space, identity), device)
+
+    def job(self, space: Workspace, identity: Identity) -> TeachJob:
+        """What a teacher is shown, and what is kept of its predictions.
+
+        Raises:
+            UserError: more is wanted than there is, or the teacher cannot be run as the experiment says.
+        """
+        e, size = space.experiment, space.tokenizer.size
+        wanted, spec = self.wanted(space), self.spec(space)
+        selection, corpus = spec.selection, wanted.corpus
+        if not selection.counts and selection.k > size:
+            raise UserError(
+                f"inherit.targets.k: found {selection.k}; expected at most the tokenizer's vocabulary, {size}"
+            )
+        codec = spec.codec(size)
+        configuration = models.configuration(space, wanted.teacher, space.tokenizer)
+        teachers.check(e.inference, distributed.world_size(), {wanted.teacher: configuration}, e.objective)
+
+        def teacher(device: torch.device) -> teachers.Teacher:
+            def load(dtype: torch.dtype) -> Any:
+                return models.finished(space, wanted.teacher, dtype)
+
+            return teachers.teacher(load, wanted.teacher, selection, codec, e.inference, space.inference_config, device)
+
+        origin = Origin(wanted.teacher, identity.inputs[f"models/{wanted.teacher}"])
+        shared = folder_header(e, corpus, space.tokens(corpus), space.tokenizer.digest, origin, selection, codec)
+        return TeachJob(
+            teacher, wanted.teacher, space.tokens(corpus), space.stream(corpus), space.viewer(corpus), spec.samples,
+            e.samples_per_shard, selection, codec, shared, e.target_distortion,
+        )  # fmt: skip

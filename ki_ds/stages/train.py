@@ -1,0 +1,183 @@
+"""Stage: tokens + targets → model."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ki_ds.engine import checkpoints
+from ki_ds.engine.config import check_device, micro_batch_size
+from ki_ds.engine.engine import Engine
+from ki_ds.experiment.graph import TrainedModel, needs, taught_by, trained_models
+from ki_ds.experiment.schema import Experiment, Model
+from ki_ds.files import digest, file_digest
+from ki_ds.launch import distributed, heartbeat
+from ki_ds.metrics import read_metrics
+from ki_ds.models.language_model import LanguageModel
+from ki_ds.planning.costs import Cost, model_cost
+from ki_ds.planning.plan import Need, verdict
+from ki_ds.planning.room import Room
+from ki_ds.sealed import MANIFEST, Identity, read_manifest, seal
+from ki_ds.stages import models, student_data
+from ki_ds.stages.ranks import join, prepared
+from ki_ds.stages.stage import Refusals, Stage, viewing
+from ki_ds.stages.tokenizer import expected
+from ki_ds.targets.manifest import read_facts
+from ki_ds.training import loop
+from ki_ds.training.batches import BatchLayout
+from ki_ds.workspace import Workspace
+
+# what of "train" does not change the result, only when it is looked at or how it is cut for memory
+NOT_SHAPING = {"micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+
+
+class Train(Stage):
+    """Train a model, alone or with a teacher."""
+
+    kind, parent, command, launched = "train", "models", "train", True
+    help = "Train the models whose inputs are there."
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> list[Train]:
+        return [cls(name) for name in trained_models(experiment)]
+
+    def inputs(self, experiment: Experiment) -> list[str]:
+        student, all_models = trained_models(experiment)[self.name], experiment.models
+        taught = [f"targets/{name}" for name in taught_by(experiment, student.model).values() if name]
+        before = [models.folder(name) for name in needs(experiment, self.name) if all_models[name].train]
+        return ["tokenizer", *(f"corpora/{corpus}" for corpus in student.train.on), *taught, *before]
+
+    def identity(self, space: Workspace) -> Identity:
+        student = trained_models(space.experiment)[self.name]
+        model = student.model
+        config = {
+            **viewing(space.experiment),
+            "model_seed": student.seed,
+            "model": shaping(model),
+            "precision": space.engine_config.precision_record,
+        }
+        inputs = {f"corpora/{corpus}": space.tokens(corpus).digest for corpus in student.train.on}
+        if model.start_from:
+            inputs[f"models/{model.start_from}"] = models.content(space, model.start_from)
+        if model.pretrained:
+            inputs["pretrained"] = models.pretrained_digest(space.folder_or_name(model.pretrained))
+        for corpus, name in taught_by(space.experiment, model).items():
+            if name is None:
+                stored = space.stored(student.teachers[corpus], corpus)
+                inputs[f"stored/{corpus}"] = str(read_facts(stored)[1]["fingerprint"])
+            else:  # not opened: a shard that is missing is found, and computed, when the stage itself runs
+                folder = f"targets/{name}"
+                inputs[folder] = str(read_manifest(space.root / folder)["fingerprint"])
+        return Identity(self.kind, config, inputs)
+
+    def progress(self, space: Workspace) -> str:
+        done = len(read_metrics(space.root / self.folder / "metrics.jsonl"))
+        return f"{done} of {trained_models(space.experiment)[self.name].train.steps} steps" if done else ""
+
+    def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
+        student, finished = trained_models(space.experiment)[self.name], (space.root / self.folder / MANIFEST).exists()
+        engine = refusals.gather(lambda: space.engine_config)
+        if not finished:
+            if here and engine is not None:
+                refusals.gather(check_device, engine)
+            refusals.gather(micro_batch_size, student.train, ranks, student.place)
+        for corpus, name in taught_by(space.experiment, student.model).items():
+            if name is None:
+                refusals.gather(read_facts, space.stored(student.teachers[corpus], corpus))
+        tokenizer = refusals.gather(expected, space)
+        if tokenizer is None:
+            return
+        config = refusals.gather(models.configuration, space, self.name, tokenizer)
+        if student.model.pretrained and config is not None:
+            refusals.gather(models.check_pretrained, space, self.name, config, tokenizer)
+        wanted = student.model.inherit.targets if student.model.inherit else None
+        if wanted and wanted.select != "sampled" and wanted.k > tokenizer.size:
+            place = f"{student.place}.inherit.targets.k"
+            refusals.lines.append(f"{place}: found {wanted.k}; expected at most the vocabulary size, {tokenizer.size}")
+
+    def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
+        e, student, tokenizer = space.experiment, trained_models(space.experiment)[self.name], expected(space)
+        config, train = models.configuration(space, self.name, tokenizer), student.train
+        spent = model_cost(e, config)
+        need = Need(e, student, config, ranks, room.gpu)
+        sequences = micro_batch_size(train, ranks, student.place)
+        memory = need.at(space.engine_config, sequences)
+        return Cost(
+            steps=train.steps,
+            tokens=train.steps * train.batch_size * e.sequence_length,
+            flops=train.steps * train.batch_size * spent.training_flops_per_sequence,
+            parameters=spent.parameters,
+            memory=memory.device + (0 if room.gpu else memory.host),
+            note=f"{self.name}: {verdict(need, sequences, space.engine_config, room)}",
+        )
+
+    def run(self, space: Workspace) -> None:
+        identity, device = join(self, space)
+        if prepared(self, space, identity):
+            return
+        check_device(space.engine_config)
+        e, folder, student = space.experiment, space.root / self.folder, trained_models(space.experiment)[self.name]
+        micro = micro_batch_size(student.train, distributed.world_size(), student.place)
+        layout = BatchLayout(student.train.batch_size, micro, distributed.rank(), distributed.world_size())
+        validation = {name: (space.tokens(name).validation, space.viewer(name)) for name in student.train.on}
+        settings = loop.TrainRun(student.train, student.model.inherit, student.seed, e.sequence_length, validation)
+        with heartbeat.lengthy(f"{self}: loading and compiling"):
+            loaded = models.new_student(space, student)
+            engine = Engine(
+                LanguageModel(loaded, space.tokenizer.size, student.place).to(device), student.train, layout,
+                space.engine_config,
+            )  # fmt: skip
+        state = {"fingerprint": identity.fingerprint}
+        loop.run(engine, student_data.loader(space, student, layout), settings, folder, state, device)
+        with heartbeat.lengthy(f"{self}: writing the model"):
+            checkpoints.export(engine.deepspeed, folder / "model")
+        if distributed.rank() == 0:
+            self.seal(space, identity, student)
+        distributed.barrier()
+
+    def seal(self, space: Workspace, identity: Identity, student: TrainedModel) -> None:
+        """Seal the folder of a finished model, with the tokenizer beside the weights."""
+        folder = space.root / self.folder
+        space.tokenizer.hugging_face.save_pretrained(folder / "model")
+        weights = {}
+        for file in sorted((folder / "model").glob("*.safetensors")):
+            heartbeat.report(f"{self}: reading {file.name} once more")
+            weights[file.name] = file_digest(file)
+        lines = read_metrics(folder / "metrics.jsonl")
+        facts = {"content": digest(weights), **loop.counts(lines), **training_facts(space, student)}
+        with heartbeat.lengthy(f"{self}: sealing"):
+            seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
+
+
+def shaping(model: Model) -> dict[str, Any]:
+    """What of a model's description shapes the result."""
+    unsaid = {"optimizer"} if model.train and model.train.optimizer == "adamw" else set()  # folders from before it
+    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING | unsaid, "seed": True})
+
+
+def training_facts(space: Workspace, student: TrainedModel) -> dict[str, Any]:
+    """Sizes and costs, which the report needs to know of a training run."""
+    e, train = space.experiment, student.train
+
+    def flops(teacher: str) -> float:
+        """Of a forward pass over a sequence; of predictions made elsewhere nobody here pays for any."""
+        if e.models[teacher].targets:
+            return 0.0
+        return model_cost(e, models.configuration(space, teacher, space.tokenizer)).flops_per_sequence
+
+    own = model_cost(e, models.configuration(space, student.name, space.tokenizer))
+    return {
+        "parameters": own.parameters,
+        "flops_per_step": own.training_flops_per_sequence * train.batch_size,
+        "steps": train.steps,
+        "batch_size": train.batch_size,
+        "sequence_length": e.sequence_length,
+        "teacher_steps": student.teacher_steps,
+        "teachers": {
+            corpus: {
+                "model": teacher,
+                "flops_per_sequence": flops(teacher),
+                "share": train.on[corpus] / sum(train.on.values()),
+            }
+            for corpus, teacher in student.teachers.items()
+        },
+    }

@@ -1,0 +1,64 @@
+"""The direction of imports: no circle, not even of types, and none that runs upwards."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import ki_ds
+
+ROOT = Path(ki_ds.__file__).parent
+# from the top: what stands in a line may import what stands in the same line or below
+LAYERS = [
+    ["cli"],
+    ["stages", "report"],
+    ["doctor", "planning"],
+    ["workspace"],
+    ["training", "teaching"],
+    ["engine", "exchange"],
+    ["models"],
+    ["kernels", "corpus", "experiment"],
+    ["launch"],
+    ["metrics", "targets"],
+    ["progress", "sealed"],
+    ["files"],
+    ["errors"],
+]
+UPWARDS = 3  # so many may be
+
+
+def name_of(file):
+    return ".".join(("ki_ds", *file.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__")
+
+
+def imported(file, modules):
+    """The modules of this package that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "ki_ds":
+            for alias in node.names:
+                whole = f"{node.module}.{alias.name}"
+                yield whole if whole in modules else node.module
+
+
+def graph():
+    modules = {name_of(file): file for file in ROOT.rglob("*.py")}
+    return {name: {*imported(file, modules)} - {name} for name, file in modules.items()}
+
+
+def layer(module):
+    part = module.split(".")[1]
+    return next(number for number, parts in enumerate(LAYERS) if part in parts)
+
+
+def test_no_circle():
+    try:
+        TopologicalSorter(graph()).prepare()
+    except CycleError as error:
+        raise AssertionError(" → ".join(error.args[1])) from None
+
+
+def test_imports_run_downwards():
+    edges = [(one, other) for one, others in graph().items() for other in others if "ki_ds" not in (one, other)]
+    upwards = [f"{one} imports {other}" for one, other in edges if layer(other) < layer(one)]
+    assert len(upwards) <= UPWARDS, upwards
