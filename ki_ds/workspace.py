@@ -5,7 +5,7 @@ from __future__ import annotations
 import site
 import sys
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
 from ki_ds.engine import config as engine_config
 from ki_ds.engine import optimizers
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.exchange.teacher_inputs import header
 from ki_ds.experiment.graph import Needed, Stage, needs, targets_needed, taught_by
-from ki_ds.experiment.schedules import teacher_steps
+from ki_ds.experiment.schedules import alpha, teacher_steps
 from ki_ds.experiment.schema import Experiment, Train
 from ki_ds.experiment.strict import read_json
 from ki_ds.models import architectures, hugging_face
@@ -32,7 +33,8 @@ from ki_ds.targets.folder import ShardFolder, open_folder
 from ki_ds.targets.selection import tail_name
 from ki_ds.targets.source import Place, place
 from ki_ds.teaching import teacher as inference
-from ki_ds.training.batches import BatchLayout, Lane, Loader, Reading
+from ki_ds.training.batches import TargetCollator
+from ki_ds.training.loader import CorpusReader, Loader
 
 # where ds_configs stands: in a checkout, in an installed package
 SHIPPED = (Path(__file__).parent.parent, *(Path(p) / "share" / "ki_ds" for p in (sys.prefix, site.getuserbase())))
@@ -270,12 +272,12 @@ class Workspace:
         every = Mix(list(train.on.values())).counts(teacher_steps(inherit, train.steps) * train.batch_size)
         return min(every[list(train.on).index(corpus)], self.experiment.views * len(self.tokens(corpus).train))
 
-    def lanes(self, name: str) -> list[Lane]:
+    def lanes(self, name: str) -> list[CorpusReader]:
         """The corpora that a model is trained on, with its teachers' targets."""
         model = self.experiment.models[name]
         assert model.train is not None
         lanes = [
-            Lane(
+            CorpusReader(
                 corpus, self.tokens(corpus).train, self.stream(corpus), self.viewer(corpus), self.targets(name, corpus)
             )
             for corpus in model.train.on
@@ -291,11 +293,12 @@ class Workspace:
         model = self.experiment.models[name]
         assert model.train is not None
         inherit = model.inherit
-        reading = None
+        collate = None
         if inherit:
             k = inherit.targets.selection(inherit.temperature).k
-            reading = Reading(k, tail_name(inherit.temperature) if inherit.targets.tail else None)
-        return Loader(self.lanes(name), Mix(list(model.train.on.values())), layout, reading)
+            collate = TargetCollator(k, tail_name(inherit.temperature) if inherit.targets.tail else None)
+        schedule = partial(alpha, inherit, steps=model.train.steps)
+        return Loader(self.lanes(name), Mix(list(model.train.on.values())), layout, schedule, collate)
 
     def model_config(self, name: str, tokenizer: TextTokenizer) -> Any:
         """The Hugging Face configuration of a model, before it exists."""

@@ -6,6 +6,7 @@ optimizer is offloaded, or the LAMB below; "AdamW" is DeepSpeed's; "ApexAdam" an
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -37,9 +38,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
-        self.norm = float(norm)
-        self.overflow = not bool(torch.isfinite(norm))
+        self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
+        self.overflow = not math.isfinite(self.norm)
         return None if self.overflow else super().step(closure)
 
 

@@ -14,7 +14,6 @@ import torch
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
-from ki_ds.engine import checkpoints
 from ki_ds.engine import config as engine_config
 from ki_ds.engine.engine import Engine
 from ki_ds.errors import UserError
@@ -30,7 +29,9 @@ from ki_ds.sealed import MANIFEST, Identity, Manifest, check_identity, prepare, 
 from ki_ds.targets.selection import Selection
 from ki_ds.teaching import job as teach
 from ki_ds.teaching import teacher as inference
-from ki_ds.training import loop as train
+from ki_ds.training.loop import train
+from ki_ds.training.records import skipped_facts
+from ki_ds.training.run import TrainRun
 from ki_ds.training.validation import perplexity, validate
 from ki_ds.workspace import Workspace
 
@@ -165,14 +166,13 @@ def training(stage: Stage, space: Workspace) -> None:
     assert model.train is not None
     layout = space.layout(model.train, name, distributed.rank(), distributed.world_size())
     validation = {corpus: (space.tokens(corpus).validation, space.viewer(corpus)) for corpus in model.train.on}
-    course = train.TrainRun(model.train, model.inherit, e.model_seed(name), e.sequence_length, validation)
+    run = TrainRun(name, model.train, model.inherit, e.model_seed(name), e.sequence_length, validation)
     with heartbeat.lengthy(f"{stage}: loading and compiling"):
         student = LanguageModel(space.new_student(name), space.tokenizer.size, f"models.{name}").to(device)
         engine = Engine(student, model.train, layout, space.engine_config)
-    state = {"fingerprint": identity.fingerprint}
-    train.run(engine, space.loader(name, layout), course, folder, state, device)
+    train(engine, space.loader(name, layout), run, folder, {"fingerprint": identity.fingerprint})
     with heartbeat.lengthy(f"{stage}: writing the model"):
-        checkpoints.export(engine.deepspeed, folder / "model")
+        engine.export(folder / "model")
     if distributed.rank() == 0:
         space.tokenizer.hugging_face.save_pretrained(folder / "model")
         weights = {}
@@ -180,7 +180,7 @@ def training(stage: Stage, space: Workspace) -> None:
             heartbeat.report(f"{stage}: reading {file.name} once more")
             weights[file.name] = file_digest(file)
         lines = read_metrics(folder / "metrics.jsonl")
-        facts = {"content": digest(weights), **train.counts(lines), **training_facts(space, name)}
+        facts = {"content": digest(weights), **skipped_facts(lines), **training_facts(space, name)}
         with heartbeat.lengthy(f"{stage}: sealing"):
             seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
     distributed.barrier()
