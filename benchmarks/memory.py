@@ -19,6 +19,7 @@ import torch
 from tabulate import tabulate
 
 from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.engine import Engine
 from ki_ds.experiment.schema import Train
@@ -27,7 +28,6 @@ from ki_ds.models import architectures, hugging_face
 from ki_ds.models.language_model import LanguageModel
 from ki_ds.planning import memory
 from ki_ds.planning.activations import Pass, kept
-from ki_ds.training.batches import BatchLayout
 
 SMALL = {"model_type": "gpt2", "n_embd": 256, "n_layer": 4, "n_head": 4}
 PRECISIONS: dict[str, dict[str, Any]] = {

@@ -13,14 +13,14 @@ from ki_ds.files import write_atomically
 class Metrics:
     """`metrics.jsonl` and TensorBoard of one run; opened at a step, later lines of an earlier try are cut off."""
 
-    def __init__(self, folder: Path, step: int):
+    def __init__(self, folder: Path, step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self.path = folder / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
         write_atomically(self.path, "".join(json.dumps(line) + "\n" for line in kept).encode())
         self.file = self.path.open("a", encoding="utf-8")
-        self.seconds = kept[-1]["seconds"] if kept else 0.0
+        self.last: dict[str, Any] = kept[-1] if kept else {}  # the last line that was kept
         self.tensorboard = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
     def write(self, record: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""Progress on rank 0: a bar on a terminal, plain lines elsewhere; and the metrics of a run."""
+"""What a command says while it runs: lines of its own, and progress, a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 

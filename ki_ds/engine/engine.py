@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
-from ki_ds.engine import features, optimizers
+import torch
+from torch import Tensor
+
+from ki_ds.engine import checkpoints, features, optimizers
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.loss_scale import LossScale
 from ki_ds.experiment.schema import Train
+from ki_ds.kernels import KILoss
 from ki_ds.models.language_model import LanguageModel
-from ki_ds.training.batches import BatchLayout
 
 
 class Engine:
@@ -37,6 +42,30 @@ class Engine:
             self.deepspeed.optimizer.check_grad_overflow = True
         self.loss_scale = LossScale(self.deepspeed.optimizer) if config.precision == "fp16" else None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and its inputs are expected."""
+        return torch.device(self.deepspeed.device)
+
+    def train(self) -> None:
+        """To training mode, with dropout."""
+        self.deepspeed.train()
+
+    def eval(self) -> None:
+        """To evaluation mode."""
+        self.deepspeed.eval()
+
+    def __call__(self, *inputs: Any) -> KILoss:
+        """The model's forward pass, on every rank."""
+        result: KILoss = self.deepspeed(*inputs)
+        return result
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        """Add a micro-batch's gradients, divided by micro-batches and ranks, to the step's; `last`: `step` follows."""
+        self.deepspeed.backward(loss)
+        if not last:
+            self.deepspeed.step()  # which counts the micro-batch
+
     def step(self, learning_rate: float) -> tuple[bool, float]:
         """Apply the accumulated gradients: (whether they were finite and applied, their norm before clipping)."""
         for group in self.deepspeed.optimizer.param_groups:
@@ -56,3 +85,15 @@ class Engine:
             flat = {**values, **{f"perplexity/{name}": x for name, x in values.get("validation", {}).items()}}
             numbers = {name: float(x) for name, x in flat.items() if isinstance(x, int | float)}
             monitor.write_events([(f"Train/{name}", x, samples) for name, x in numbers.items()])
+
+    def resume(self, folder: Path, state: dict[str, Any]) -> int:
+        """Go on from the last whole checkpoint: the number of steps done, as `checkpoints.resume` says."""
+        return checkpoints.resume(self.deepspeed, folder, state)
+
+    def save(self, folder: Path, step: int, keep: int, state: dict[str, Any]) -> None:
+        """Write checkpoint `step`, as `checkpoints.save` says."""
+        checkpoints.save(self.deepspeed, folder, step, keep, state)
+
+    def export(self, folder: Path) -> None:
+        """Write the finished model as a Hugging Face folder; afterwards this engine must not be used."""
+        checkpoints.export(self.deepspeed, folder)

@@ -6,6 +6,7 @@ the optimizer is offloaded; "AdamW" is DeepSpeed's; "ApexAdam" and "ApexLamb" ar
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -34,9 +35,8 @@ class ClippedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
         parameters = [p for group in self.param_groups for p in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf"))
-        self.norm = float(norm)
-        self.overflow = not bool(torch.isfinite(norm))
+        self.norm = float(torch.nn.utils.clip_grad_norm_(parameters, self.clip or float("inf")))
+        self.overflow = not math.isfinite(self.norm)
         return None if self.overflow else super().step(closure)
 
 

@@ -1,10 +1,10 @@
-"""α schedules and their length (section 3, and the schedules of section 4.1)."""
+"""Schedules: α and its length (section 3, and the schedules of section 4.1), and the learning rate."""
 
 from __future__ import annotations
 
 import math
 
-from ki_ds.experiment.schema import Inherit
+from ki_ds.experiment.schema import Inherit, Train
 
 CONSTANT_ALPHA = 0.5
 
@@ -38,3 +38,11 @@ def alpha(inherit: Inherit | None, step: int, steps: int) -> float:
         return 1 - step / inherit.teacher_steps
     assert inherit.alpha_T is not None  # Inherit checks it
     return max(1 - inherit.alpha_T * step / steps, 0.0)
+
+
+def learning_rate(train: Train, step: int) -> float:
+    """Of step 0 … T - 1: linear from lr / warm-up steps to lr, then linear to lr / remaining steps, never zero."""
+    warmup = round(train.warmup * train.steps)
+    if step < warmup:
+        return train.learning_rate * (step + 1) / warmup
+    return train.learning_rate * (train.steps - step) / (train.steps - warmup)

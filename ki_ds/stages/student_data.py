@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import TrainedModel, taught_by
+from ki_ds.experiment.schedules import alpha
 from ki_ds.experiment.schema import Inherit
 from ki_ds.sealed import open_sealed
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.manifest import open_folder
-from ki_ds.training.batches import BatchLayout, Lane, Loader, Reading
+from ki_ds.training.batches import TargetCollator
+from ki_ds.training.loader import CorpusReader, Loader
 from ki_ds.workspace import Workspace
 
 
@@ -22,30 +26,27 @@ def loader(space: Workspace, student: TrainedModel, layout: BatchLayout) -> Load
         UserError: targets are not finished, or not what the student asks for.
     """
     inherit = student.model.inherit
-    reading = None
+    collate = None
     if inherit:
         k = inherit.targets.selection(inherit.temperature).k
-        reading = Reading(k, inherit.temperature if inherit.targets.tail else None)
-    return Loader(lanes(space, student), student.mix, layout, reading)
+        collate = TargetCollator(k, inherit.temperature if inherit.targets.tail else None)
+    schedule = partial(alpha, inherit, steps=student.train.steps)
+    return Loader(readers(space, student), student.mix, layout, schedule, collate)
 
 
-def lanes(space: Workspace, student: TrainedModel) -> list[Lane]:
+def readers(space: Workspace, student: TrainedModel) -> list[CorpusReader]:
     """The corpora that a model is trained on, with its teachers' targets.
 
     Raises:
         UserError: as `loader`.
     """
-    found = [
-        Lane(
-            corpus,
-            space.tokens(corpus).train,
-            space.stream(corpus),
-            space.viewer(corpus),
-            targets(space, student, corpus),
+    found = []
+    for corpus in student.train.on:
+        stored = targets(space, student, corpus)
+        found.append(
+            CorpusReader(corpus, space.tokens(corpus).train, space.stream(corpus), space.viewer(corpus), stored)
         )
-        for corpus in student.train.on
-    ]
-    quanta = {str(lane.targets.folder): lane.targets.codec.quantum for lane in found if lane.targets}
+    quanta = {str(one.targets.folder): one.targets.codec.quantum for one in found if one.targets}
     if len(set(quanta.values())) > 1:
         listed = ", ".join(f"{folder}: {value:g}" for folder, value in quanta.items())
         raise UserError(f"{student.place}: its targets were quantised differently ({listed}); make them alike")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ki_ds.engine import checkpoints
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import check_device, micro_batch_size
 from ki_ds.engine.engine import Engine
 from ki_ds.experiment.graph import TrainedModel, needs, taught_by, trained_models
@@ -22,8 +22,9 @@ from ki_ds.stages.ranks import join, prepared
 from ki_ds.stages.stage import Refusals, Stage, viewing
 from ki_ds.stages.tokenizer import expected
 from ki_ds.targets.manifest import read_facts
-from ki_ds.training import loop
-from ki_ds.training.batches import BatchLayout
+from ki_ds.training.loop import train
+from ki_ds.training.records import skipped_facts
+from ki_ds.training.run import TrainRun
 from ki_ds.workspace import Workspace
 
 # what of "train" does not change the result, only when it is looked at or how it is cut for memory
@@ -119,17 +120,18 @@ class Train(Stage):
         micro = micro_batch_size(student.train, distributed.world_size(), student.place)
         layout = BatchLayout(student.train.batch_size, micro, distributed.rank(), distributed.world_size())
         validation = {name: (space.tokens(name).validation, space.viewer(name)) for name in student.train.on}
-        settings = loop.TrainRun(student.train, student.model.inherit, student.seed, e.sequence_length, validation)
+        run = TrainRun(
+            self.name, student.train, student.model.inherit, student.seed, e.sequence_length, validation
+        )  # fmt: skip
         with heartbeat.lengthy(f"{self}: loading and compiling"):
             loaded = models.new_student(space, student)
             engine = Engine(
                 LanguageModel(loaded, space.tokenizer.size, student.place).to(device), student.train, layout,
                 space.engine_config,
             )  # fmt: skip
-        state = {"fingerprint": identity.fingerprint}
-        loop.run(engine, student_data.loader(space, student, layout), settings, folder, state, device)
+        train(engine, student_data.loader(space, student, layout), run, folder, {"fingerprint": identity.fingerprint})
         with heartbeat.lengthy(f"{self}: writing the model"):
-            checkpoints.export(engine.deepspeed, folder / "model")
+            engine.export(folder / "model")
         if distributed.rank() == 0:
             self.seal(space, identity, student)
         distributed.barrier()
@@ -143,7 +145,7 @@ class Train(Stage):
             heartbeat.report(f"{self}: reading {file.name} once more")
             weights[file.name] = file_digest(file)
         lines = read_metrics(folder / "metrics.jsonl")
-        facts = {"content": digest(weights), **loop.counts(lines), **training_facts(space, student)}
+        facts = {"content": digest(weights), **skipped_facts(lines), **training_facts(space, student)}
         with heartbeat.lengthy(f"{self}: sealing"):
             seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
 

@@ -10,8 +10,30 @@ import numpy as np
 import torch
 
 from ki_ds.corpus.masking import VALIDATION_VIEW, Viewer
+from ki_ds.engine.engine import Engine
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.progress import Progress
+from ki_ds.training.batches import host_tensor
+from ki_ds.training.run import Every, TrainRun
+
+
+class Validation:
+    """Validation perplexity on every corpus of a run, every so many of its steps."""
+
+    def __init__(self, run: TrainRun, micro_batch: int):
+        """`micro_batch`: sequences a rank computes at once."""
+        self.parts, self.micro_batch = run.validation, micro_batch
+        self.due = Every(run.train.evaluation_steps, run.train.steps).due
+
+    def __call__(self, engine: Engine) -> dict[str, float]:
+        """Perplexity by corpus; every rank calls this."""
+        engine.eval()
+        found = {
+            name: perplexity(*validate(engine, tokens, viewer, self.micro_batch, engine.device))
+            for name, (tokens, viewer) in self.parts.items()
+        }
+        engine.train()
+        return found
 
 
 @torch.no_grad()
@@ -35,7 +57,7 @@ def validate(
         (sum in nats, number of rows) over all ranks.
     """
     world = distributed.world_size()
-    total = torch.zeros(2, dtype=torch.float64)
+    nats, count = torch.zeros((), dtype=torch.float64, device=device), 0
     for start in range(0, len(tokens), micro_batch * world):
         begin = start + distributed.rank() * micro_batch
         sequences = np.arange(begin, min(begin + micro_batch, len(tokens)))
@@ -45,17 +67,15 @@ def validate(
             sequences = np.zeros(1, np.int64)  # a forward pass that counts for nothing
         view = viewer(tokens[sequences], sequences, np.full(len(sequences), VALIDATION_VIEW))
         rows = np.flatnonzero(view.loss_mask_BS)
-        labels = torch.from_numpy(view.labels_BS.reshape(-1)[rows]).long()
-        result = model(
-            torch.from_numpy(view.inputs_BS).long().to(device), torch.from_numpy(rows).to(device), labels.to(device)
-        )
+        given = (view.inputs_BS.astype(np.int64), rows, view.labels_BS.reshape(-1)[rows].astype(np.int64))
+        result = model(*(host_tensor(array).to(device, non_blocking=True) for array in given))
         if mine:
-            total += torch.tensor([float(result.ce), len(rows)], dtype=torch.float64)
+            nats += result.ce.double()
+            count += len(rows)
         if progress is not None:
             progress.advance(min(micro_batch * world, len(tokens) - start))
-    on_device = total.to(device) if device.type != "cpu" else total
-    nats, all_rows = distributed.all_reduce(on_device).tolist()
-    return nats, int(all_rows)
+    total, rows_of_all = distributed.all_reduce(torch.stack([nats, torch.full_like(nats, count)])).tolist()
+    return total, int(rows_of_all)
 
 
 def perplexity(nats: float, rows: int) -> float:

@@ -10,10 +10,10 @@ import pytest
 from helpers.commands import ki_ds, write
 
 from ki_ds.cli.main import main
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment, trained_models
 from ki_ds.stages import student_data
-from ki_ds.training.batches import BatchLayout
 from ki_ds.workspace import Workspace
 
 TRAIN = {"on": {"a": 1.0}, "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "dropout": 0.0}

@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
-from helpers.engines import STAGES, Loader, batch, course, new_engine, settings, step, weights, world  # noqa: F401
+from helpers.engines import STAGES, Loader, batch, new_engine, settings, step, tiny_run, weights, world  # noqa: F401
 
 from ki_ds.errors import UserError
+from ki_ds.experiment.schedules import alpha, learning_rate
 from ki_ds.experiment.schema import Inherit
-from ki_ds.training import loop as train
+from ki_ds.training.loop import train
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -66,7 +67,7 @@ def test_dropout_is_on_from_the_first_step_of_a_loaded_model(tmp_path):
     one.deepspeed.module.eval()
     modes = []
     one.deepspeed.module.backbone.register_forward_pre_hook(lambda module, _: modes.append(module.training))
-    train.run(one, Loader(), course(evaluate_every=5), tmp_path, {}, torch.device("cpu"))
+    train(one, Loader(), tiny_run(evaluate_every=5), tmp_path, {})
     assert len(modes) == 40
     assert all(modes)
 
@@ -90,12 +91,12 @@ def test_a_run_of_bad_steps_stops_and_names_the_samples(tmp_path):
     one.deepspeed.module.head.register_forward_pre_hook(lambda _m, a: (a[0] * float("inf"), *a[1:]))
 
     with pytest.raises(UserError, match=r"11 steps in a row.*step 10, samples 0 to 44.*learning_rate"):
-        train.run(one, Loader(), course(), tmp_path, {"fingerprint": "x"}, torch.device("cpu"))
+        train(one, Loader(), tiny_run(), tmp_path, {"fingerprint": "x"})
 
 
 def test_learning_rate_rises_and_falls_linearly():
     settings_ = settings(warmup=0.25)
-    rates = [train.learning_rate(settings_, t) / settings_.learning_rate for t in range(20)]
+    rates = [learning_rate(settings_, t) / settings_.learning_rate for t in range(20)]
     assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0])
     assert rates[5:] == pytest.approx([1 - n / 15 for n in range(15)])
     assert min(rates) > 0
@@ -106,7 +107,7 @@ def test_no_shard_and_no_kl_beyond_the_last_teacher_step(monkeypatch):
     from ki_ds.kernels.loss import chunked
 
     inherit = Inherit.model_validate({"from": {"a": "t"}, "teacher_steps": 3})
-    assert [train.alpha(inherit, t, 20) > 0 for t in range(5)] == [True] * 3 + [False] * 2
+    assert [alpha(inherit, t, 20) > 0 for t in range(5)] == [True] * 3 + [False] * 2
     seen = []
     original = chunked.eager_chunk_loss
 

@@ -2,19 +2,23 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 from helpers.commands import metrics
-from helpers.engines import Loader, course, new_engine, settings, step, weights, world  # noqa: F401
+from helpers.engines import Loader, new_engine, settings, step, tiny_run, weights, world  # noqa: F401
 
 from ki_ds.errors import UserError
+from ki_ds.experiment.schedules import alpha, learning_rate
 from ki_ds.experiment.schema import Inherit
-from ki_ds.training import loop as train
+from ki_ds.training.divergence import MOST_SKIPPED
+from ki_ds.training.loop import train
+from ki_ds.training.records import skipped_facts
 
 STAGES = (1, 2, 3)  # fp16 at stage 0 is refused
 OPTIMIZERS = (2, 3)  # stage 1 has the code of 2
-CPU = torch.device("cpu")
+INHERIT = Inherit.model_validate({"from": {"a": "t"}, "teacher_steps": 8})
 TIMES = ("seconds", "tokens_per_second", "reading_seconds", "waited_seconds")
 
 
@@ -25,17 +29,18 @@ def able(monkeypatch):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
 
-class TeacherInputs(Loader):
-    """Keeps what it was asked for; `until`: raises Interrupted when asked for this step."""
+class Watched(Loader):
+    """Keeps which steps it was asked for; `until`: raises Interrupted when asked for this one."""
 
     def __init__(self, until=None):
+        super().__init__(partial(alpha, INHERIT, steps=20))
         self.asked, self.until = [], until
 
-    def __call__(self, number, alpha, next_alpha):
+    def __call__(self, number):
         if number == self.until:
             raise Interrupted
-        self.asked.append((number, alpha, next_alpha))
-        return super().__call__(number, alpha, next_alpha)
+        self.asked.append(number)
+        return super().__call__(number)
 
 
 class Interrupted(Exception):
@@ -52,10 +57,9 @@ def engine(stage, dropout=0.1, **fp16):
 
 def train_on(one, folder, loader=None, **changes):
     """The records of a run with a falling α, without its times."""
-    inherit = Inherit.model_validate({"from": {"a": "t"}, "teacher_steps": 8})
-    where = replace(course(**changes), inherit=inherit)
+    run = replace(tiny_run(folder.name, **changes), inherit=INHERIT)
     folder.mkdir(exist_ok=True)
-    train.run(one, loader or TeacherInputs(), where, folder, {"fingerprint": "x"}, CPU)
+    train(one, loader or Watched(), run, folder, {"fingerprint": "x"})
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
 
 
@@ -91,20 +95,19 @@ def test_twenty_steps_follow_fp32(stage):
 @pytest.mark.parametrize("stage", OPTIMIZERS)
 def test_overflows_at_the_start_stand_still_until_the_scale_fits(stage, tmp_path):
     """More than ten tries of step 0, and then all is as in a run that began at the scale they ended at."""
-    loader = TeacherInputs()
+    loader = Watched()
     one = engine(stage, initial_scale_power=34)
     found = train_on(one, tmp_path / "high", loader)
     scale, skipped = found[0]["loss_scale"], found[0]["skipped"]
-    assert skipped > train.MOST_SKIPPED
+    assert skipped > MOST_SKIPPED
     assert skipped == 34 - math.log2(scale) + 1  # of DeepSpeed's hysteresis, 2, the first costs a try and no scale
     other = engine(stage, initial_scale_power=int(math.log2(scale)), hysteresis=1)
     wanted = train_on(other, tmp_path / "low")
     assert [found[0] | {"skipped": 0}, *found[1:]] == wanted
     assert_same(one, other)
-    assert [number for number, *_ in loader.asked] == list(range(20))
-    assert loader.asked[:2] == [(0, 1.0, 0.875), (1, 0.875, 0.75)]
+    assert loader.asked == list(range(20))
     assert [line["alpha"] for line in found[:9]] == [1 - n / 8 for n in range(9)]
-    assert [line["learning_rate"] for line in found] == [train.learning_rate(settings(), n) for n in range(20)]
+    assert [line["learning_rate"] for line in found] == [learning_rate(settings(), n) for n in range(20)]
 
 
 @pytest.mark.parametrize("stage", OPTIMIZERS)
@@ -119,7 +122,7 @@ def test_an_overflow_is_forgotten(stage, tmp_path):
     assert [line["loss_scale"] for line in found] == [1024] * 8 + [512] * 6 + [1024] * 5 + [2048]
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
-    assert train.counts(found) == {"skipped_steps": 0, "skipped_tries": 2, "loss_scale": 2048}
+    assert skipped_facts(found) == {"skipped_steps": 0, "skipped_tries": 2, "loss_scale": 2048}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -152,7 +155,7 @@ def test_a_fixed_loss_scale_passes_over_a_step_and_ends_after_eleven(tmp_path):
     multiply_hidden_states(one, math.inf, tries=[1])
     found = train_on(one, tmp_path / "once")
     assert [line["applied"] for line in found] == [True, False] + [True] * 18
-    assert train.counts(found) == {"skipped_steps": 1, "skipped_tries": 0, "loss_scale": 128}
+    assert skipped_facts(found) == {"skipped_steps": 1, "skipped_tries": 0, "loss_scale": 128}
     bad = engine(3, loss_scale=128)
     multiply_hidden_states(bad, math.inf)
     with pytest.raises(UserError, match=r"11 steps.*samples 0 to 44\. Leave fp16.loss_scale \(now 128\) out"):
@@ -167,10 +170,10 @@ def test_a_resumed_run_continues_with_its_loss_scale(stage, tmp_path):
     wanted = train_on(whole, tmp_path / "whole", checkpoint_every=5)
     assert len({line["loss_scale"] for line in wanted}) > 2
     with pytest.raises(Interrupted):
-        train_on(engine(stage, **how), tmp_path / "two", TeacherInputs(until=11), checkpoint_every=5)
-    again, loader = engine(stage, **how), TeacherInputs()
+        train_on(engine(stage, **how), tmp_path / "two", Watched(until=11), checkpoint_every=5)
+    again, loader = engine(stage, **how), Watched()
     found = train_on(again, tmp_path / "two", loader, checkpoint_every=5)
-    assert loader.asked[0][0] == 10
+    assert loader.asked[0] == 10
     assert found == wanted
     assert_same(again, whole)
 

@@ -20,15 +20,18 @@ from helpers.engines import weights, world  # noqa: F401
 
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.engine import Engine
+from ki_ds.experiment.schedules import alpha
 from ki_ds.experiment.schema import Inherit, Train
 from ki_ds.kernels import PackedTargets
 from ki_ds.launch import distributed
 from ki_ds.models import architectures, hugging_face
 from ki_ds.models.language_model import LanguageModel
-from ki_ds.training import loop as train
-from ki_ds.training.batches import BatchLayout, MicroBatch
+from ki_ds.training.batches import Batch, MicroBatch
+from ki_ds.training.loop import train
+from ki_ds.training.run import TrainRun
 
 pytestmark = pytest.mark.timeout(900)  # all runs are made before the first test
 
@@ -62,7 +65,8 @@ class Loader:
     def __init__(self, layout):
         self.layout = layout
 
-    def __call__(self, step, alpha, next_alpha):
+    def __call__(self, step):
+        share = alpha(INHERIT, step, STEPS)
         g = torch.Generator().manual_seed(step)
         ids = torch.randint(5, VOCABULARY, (BATCH, LENGTH), generator=g)
         counts = torch.randint(1, LENGTH, (BATCH,), generator=g)
@@ -75,9 +79,9 @@ class Loader:
         for places in (self.layout.samples(step) - first).reshape(-1, size).tolist():
             rows = torch.cat([asked[place] + number * LENGTH for number, place in enumerate(places)])
             here = slice(ends[places[0]], ends[places[-1] + 1])
-            taught = (targets.rows(here), torch.full((len(rows),), alpha)) if alpha > 0 else (None, None)
+            taught = (targets.rows(here), torch.full((len(rows),), share)) if share > 0 else (None, None)
             found.append(MicroBatch(ids[places], rows, labels[here], *taught))
-        return found
+        return Batch(step, share, found)
 
     def close(self):
         pass
@@ -107,10 +111,10 @@ def trained(objective, tied, stage, half, rounded=False):
     # one sequence more than the ranks can share out evenly
     tokens = np.random.default_rng(0).integers(5, VOCABULARY, (BATCH + 1, LENGTH)).astype(np.uint16)
     viewer = Viewer(objective, 1, "a", VOCABULARY, [0, 1, 2, 3, 4], 4, 0.3)
-    course = train.TrainRun(TRAINING, INHERIT, 1, LENGTH, {"a": (tokens, viewer)})
+    run = TrainRun("m", TRAINING, INHERIT, 1, LENGTH, {"a": (tokens, viewer)})
     with tempfile.TemporaryDirectory() as folder:
         folder = distributed.broadcast_object(folder)
-        train.run(engine, Loader(layout), course, Path(folder), {}, torch.device("cpu"))
+        train(engine, Loader(layout), run, Path(folder), {})
         distributed.barrier()
         records = metrics(Path(folder)) if distributed.rank() == 0 else []
     return records, [weight.float() for weight in weights(engine)]

@@ -13,12 +13,12 @@ import torch
 from helpers.commands import alive, environment, folder_digest, ki_ds, killed, metrics, write
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
+from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment, trained_models
 from ki_ds.launch.distributed import free_port
 from ki_ds.stages import models, pipeline, student_data
 from ki_ds.stages.teach import Teach
-from ki_ds.training.batches import BatchLayout
 from ki_ds.workspace import Workspace
 
 TRAIN = {"steps": 10, "batch_size": 8, "learning_rate": 5e-3, "dropout": 0.0}

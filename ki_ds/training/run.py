@@ -1,0 +1,70 @@
+"""A training run: what a model is trained on and how, and what is due after which step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ki_ds.corpus.masking import Viewer
+from ki_ds.engine.engine import Engine
+from ki_ds.experiment.schema import Inherit, Train
+
+
+@dataclass(frozen=True)
+class TrainRun:
+    """What a model is trained on and how."""
+
+    name: str
+    train: Train
+    inherit: Inherit | None
+    seed: int
+    sequence_length: int
+    validation: dict[str, tuple[np.ndarray, Viewer]]  # of each corpus: tokens [sequences, S]
+
+    @property
+    def temperature(self) -> float:
+        """τ."""
+        return self.inherit.temperature if self.inherit else 1.0
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.train.batch_size * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Every:
+    """Some of the steps of a run: every so many, and its last."""
+
+    steps: int
+    last: int
+
+    def due(self, done: int) -> bool:
+        """Whether it is time, after so many steps of the run."""
+        return done % self.steps == 0 or done == self.last
+
+
+class Checkpoints:
+    """The checkpoints of a run; only one of a run in the same `state` is gone on from."""
+
+    def __init__(self, folder: Path, train: Train, state: dict[str, Any]):
+        self.folder, self.keep, self.state = folder, train.keep_checkpoints, state
+        self.due = Every(train.checkpoint_steps, train.steps).due
+
+    def resume(self, engine: Engine) -> int:
+        """Go on from the last whole checkpoint: the number of steps done.
+
+        Raises:
+            UserError: the checkpoint is damaged, or belongs to another run.
+        """
+        return engine.resume(self.folder, self.state)
+
+    def save(self, engine: Engine, done: int) -> None:
+        """Write the checkpoint after so many steps.
+
+        Raises:
+            UserError: the disk is full or the folder cannot be written.
+        """
+        engine.save(self.folder, done, self.keep, self.state)
