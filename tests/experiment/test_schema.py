@@ -13,7 +13,7 @@ from ki_ds.errors import UserError, nearest
 from ki_ds.experiment.graph import load_experiment
 from ki_ds.experiment.schema import SOURCE_KINDS, Experiment, Inherit, JsonLinesSource
 from ki_ds.experiment.strict import assignment, merge_patch, parse, read_json
-from ki_ds.targets.codec import quantum
+from ki_ds.targets.quanta import quantum
 
 DESIGN = """
 {
