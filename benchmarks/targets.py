@@ -30,13 +30,14 @@ import torch
 import zstandard
 from tabulate import tabulate
 
-from ki_ds.kernels.select.eager import Selected, select
+from ki_ds.kernels.select.eager import select
+from ki_ds.kernels.select.pack import Selected, pack, planes_of
 from ki_ds.sealed import versions
-from ki_ds.targets import codec
-from ki_ds.targets.codec import Codec
 from ki_ds.targets.folder import ShardFolder
-from ki_ds.targets.selection import Selection, scalar_names
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import pack_block, shard_name, write_shard
+from ki_ds.targets.spec import TargetSpec
 
 K, DRAWS, TEMPERATURE, MEAN_NATS = 128, 50, 2.0, 2e-4
 ROWS = 77  # a sample: 15 % of 510 tokens
@@ -132,37 +133,31 @@ def speed(work: Callable[[], Any], rows: int) -> float:
 def measure(name: str, vocabulary: int, workload: Workload, folder: Path) -> dict[str, Any]:
     """One selection of one workload."""
     selection = SELECTIONS[name]
-    counts = selection.kind == "sampled"
-    quantum = 0.0 if counts else codec.quantum(MEAN_NATS)
-    scalars = scalar_names(selection, (1.0, TEMPERATURE))
-    how = Codec(vocabulary, min(selection.k, vocabulary), quantum, "count" if counts else "log-probability", scalars)
+    how = TargetSpec(selection, (1.0, TEMPERATURE), MEAN_NATS, len(workload) * BATCH).codec(vocabulary)
     ends, digests = np.arange(ROWS, BATCH * ROWS + 1, ROWS), np.arange(BATCH, dtype=np.uint64)
-    given = [
-        (one[name].ids_NK.numpy(), one[name].given_NK.numpy(), {k: v.numpy() for k, v in one[name].scalars.items()})
-        for one in workload
-    ]
+    chosen = [one[name] for one in workload]
 
     def encode() -> list[Any]:
         blocks = []
-        for ids, values, nats in given:
-            planes, distortion = how.pack(ids, values, nats)
-            blocks.append(pack_block(how, planes, ends, digests, distortion))
+        for one in chosen:
+            found = pack(one, how.k, how.quantum, how.temperatures, vocabulary > 1 << 16)
+            blocks.append(pack_block(how, planes_of(found, how), ends, digests, found.distortion_N.numpy()))
         return blocks
 
     samples = len(workload) * BATCH
-    header = {"sequence_length": 512, "selection": selection.record}
+    header = FolderHeader(512, how, selection=selection)
     path = folder / shard_name(0, samples)
-    said = write_shard(path, how, header, 0, encode())
+    said = write_shard(path, header, 0, encode())
     shards = ShardFolder(folder, samples, samples)
 
     def decode() -> None:
         for start in range(0, samples, BATCH):
             shards.read(np.arange(start, start + BATCH))
 
-    rows, size = said["rows"], path.stat().st_size
+    rows, size = said.rows, path.stat().st_size
     return {
-        "selection": name, "entries a row": said["entries"] / rows, "bytes an entry": size / said["entries"],
-        "bytes a row": size / rows, "mean KL": said["distortion"]["mean"], "max KL": said["distortion"]["max"],
+        "selection": name, "entries a row": said.entries / rows, "bytes an entry": size / said.entries,
+        "bytes a row": size / rows, "mean KL": said.distortion.mean, "max KL": said.distortion.max,
         "encode/s": speed(encode, rows), "decode/s": speed(decode, rows),
     }  # fmt: skip
 

@@ -78,10 +78,8 @@ def teacher_inputs(header: FolderHeader, root: Path) -> TeacherInputs:
         UserError: the corpus or the tokenizer is not there, or another one.
     """
     corpus, order, objective, masking = header.corpus, header.stream, header.objective, header.masking
-    viewed = objective == "clm" or (objective == "mlm" and masking is not None)
-    if not (
-        corpus and order and order.views and header.tokenizer and objective and viewed and NAME.fullmatch(corpus.name)
-    ):
+    viewed = order and order.views and (objective == "clm" or (objective == "mlm" and masking))
+    if not (corpus and NAME.fullmatch(corpus.name) and order and objective and viewed and header.tokenizer):
         said = f"{corpus}, {order}, objective {objective}, {masking}, tokenizer {header.tokenizer}"
         raise UserError(f"the header of the shards does not say from which corpus they are ({said})")
     tokenizer = tokenizers.load(root / "tokenizer", objective, "tokenizer")

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from ki_ds.cli import main as cli
 from ki_ds.experiment.graph import load_experiment
-from ki_ds.targets.folder import open_folder
+from ki_ds.targets.manifest import open_folder
 
 GPT = {"model_type": "gpt2", "n_layer": 1, "n_embd": 16, "n_head": 2}
 TRAIN = {"on": {"a": 1.0}, "steps": 4, "batch_size": 8, "learning_rate": 1e-2, "dropout": 0.0}
@@ -173,7 +173,7 @@ def test_imported_again_is_done_before(world):
 def test_answers_without_truth(world, tmp_path):
     rows = answer(world[0] / "questions.parquet", truth=False)
     imported(world, rows, tmp_path, code=0)
-    assert open_folder(tmp_path / "made@a").codec.scalars == ("first", "tail@1")
+    assert open_folder(tmp_path / "made@a").codec.scalars == ("first", 1.0)
     assert "no fault" in run("verify", tmp_path / "made@a", "--deep")
 
 
@@ -381,13 +381,12 @@ def rewritten(folder, number, change):
 
     shards = open_folder(folder)
     shard = shards.shard(number)
-    start, end = shard.header["start"], shard.header["end"]
+    start, end = shard.header.start, shard.header.end
     read = shards.read(np.arange(start, end))
     planes, digests = read.planes, np.array(read.digests, np.uint64)
     change(planes, digests)
     block = pack_block(shards.codec, planes, np.cumsum(read.rows), digests, np.zeros(len(planes)))
-    header = {name: shard.header[name] for name in shards.header}
-    write_shard(folder / shards.name(number), shards.codec, header, start, [block])
+    write_shard(folder / shards.name(number), shards.header, start, [block])
 
 
 def test_another_input_with_right_checksums(copy, world):
@@ -403,7 +402,7 @@ def test_another_input_with_right_checksums(copy, world):
 @pytest.mark.parametrize(
     ("scalar", "nats", "message"),
     [("first", 0.5, "above 0"), ("first", -0.001, "sum to more than 1"), ("truth", 0.0, "more probable than"),
-     ("tail@1", -30.0, "sum to less than 1")],
+     (1.0, -30.0, "sum to less than 1")],
 )  # fmt: skip
 def test_probabilities_that_cannot_be(copy, scalar, nats, message):
     how = open_folder(copy).codec

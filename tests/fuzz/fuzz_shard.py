@@ -131,14 +131,14 @@ def _read(path):
         shard = Shard(path)
         per_row = shard.codec.k + len(shard.codec.scalars) + 1
         frames = []
-        for sample, rows in enumerate(shard.index["rows"].tolist(), shard.header["start"]):
+        for sample, rows in enumerate(shard.index["rows"].tolist(), shard.header.start):
             if slots + rows * per_row <= SLOTS:
                 slots += rows * per_row
                 frames += shard.read(sample)
         if frames:
             _promises(shard, frames)
         if len(frames) == len(shard.index):
-            assert shard.read(shard.header["start"], len(frames)) == frames, "read at once they differ"
+            assert shard.read(shard.header.start, len(frames)) == frames, "read at once they differ"
     except UserError as error:
         message = str(error)
         assert message.startswith(str(path)), f"the message does not begin with the file: {message[:300]}"
@@ -156,7 +156,7 @@ def _promises(shard, frames):
     assert int(planes.count_n.max(initial=0)) <= how.k and planes.scalars_Sn.shape == (len(how.scalars), len(planes))
     assert ids.max(initial=0) < how.vocabulary and not ids[~kept].any() and not planes.values_nK[~kept].any()
     assert (ids[:, 1:] > ids[:, :-1])[kept[:, 1:]].all(), "ids do not rise"
-    if how.values == "log-probability":
+    if not how.counts:
         assert (planes.values_nK.min(axis=1, where=kept, initial=255)[planes.count_n > 0] == 0).all()
     ends = np.cumsum([frame.rows for frame in frames])
     again = [b"".join(parts) for parts in how.encode(planes, ends)]
@@ -168,12 +168,14 @@ def _promises(shard, frames):
 
 def seeds():
     """Inputs that are valid: small shards of several codecs, as recipes and as files."""
+    from ki_ds.kernels.select.pack import pack_arrays
     from ki_ds.targets import shard
     from ki_ds.targets.codec import Codec
+    from ki_ds.targets.header import FolderHeader
 
-    hows = [Codec(300, 3, 1 / 16), Codec(70_000, 4, 1 / 4, scalars=("first", "truth", "tail@1.0", "tail@2.0"))]
+    hows = [Codec(300, 3, 1 / 16), Codec(70_000, 4, 1 / 4, scalars=("first", "truth", 1.0, 2.0))]
     hows += [
-        Codec(65_536, 2, 0.0, "count", ()),
+        Codec(65_536, 2, 0.0, ()),
         Codec(5, 5, 1.0, scalars=("truth", "first")),
         Codec(1 << 24, 1, 1 / 1024),
     ]
@@ -185,17 +187,15 @@ def seeds():
                 [rng.permutation(min(how.vocabulary, 1 << 16))[: how.k] for _ in range(rows)] or [[0] * how.k]
             )
             ids = ids[:rows].astype(np.int64) * (how.vocabulary // min(how.vocabulary, 1 << 16))
-            given = (
-                rng.integers(0, 4, ids.shape) if how.values == "count" else np.log(rng.dirichlet(np.ones(how.k), rows))
-            )
+            given = rng.integers(0, 4, ids.shape) if how.counts else np.log(rng.dirichlet(np.ones(how.k), rows))
             if how.k > 2 and rows:
-                given[0, 1] = 0 if how.values == "count" else -np.inf
-            planes, distortion = how.pack(ids, given, {name: -rng.exponential(3, rows) for name in how.scalars})
+                given[0, 1] = 0 if how.counts else -np.inf
+            planes, distortion = pack_arrays(how, ids, given, {name: -rng.exponential(3, rows) for name in how.scalars})
             blocks.append(shard.pack_block(how, planes, np.array([rows]), np.zeros(1, np.uint64), distortion))
             frames.append((FIELDS.pack(rows, 0, 0, 0), b"".join(how.encode(planes, np.array([rows]))[0])))
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "x"
-            said = shard.write_shard(path, how, {"sequence_length": 8}, 4, blocks)
+            said = shard.write_shard(path, FolderHeader(8, how), 4, blocks).record
             yield b"P" + path.read_bytes()
         text = json.dumps(said, separators=(",", ":")).encode()
         yield recipe(3, text, frames)
@@ -277,7 +277,7 @@ def _header(rng, header, mutate):
             "a\nb" * 99,
             [],
             ["first"],
-            ["tail@1"] * 65,
+            [1.0] * 65,
             {},
             [[]] * 99,
         ]

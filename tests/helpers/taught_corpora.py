@@ -9,16 +9,19 @@ from ki_ds.corpus.hashing import counter_hash, derive_key
 from ki_ds.corpus.masking import Viewer
 from ki_ds.corpus.stream import CorpusStream, Mix
 from ki_ds.engine.batch_layout import BatchLayout
-from ki_ds.targets.codec import NAT, Codec
+from ki_ds.kernels.select.pack import pack_arrays
+from ki_ds.targets.codec import Codec
 from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.quanta import NAT
 from ki_ds.targets.shard import pack_block, shard_name, write_shard
 from ki_ds.training.batches import TargetCollator
 from ki_ds.training.loader import CorpusReader, Loader
 
 LENGTH, K, PER_SHARD, SPECIAL, MASK = 24, 6, 5, [0, 1, 2, 3, 4], 4
 SIZES = (11, 7)  # sequences of the corpora
-QUANTUM, TAIL = 1 / 16, "tail@2"
-SCALARS = ("first", "truth", "tail@1", TAIL)
+QUANTUM, TAIL = 1 / 16, 2.0
+SCALARS = ("first", "truth", 1.0, TAIL)
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ def stored_row(kind, corpus, sequence, view, index, vocabulary, k=K):
 
 def codec(kind, vocabulary, k=K):
     if kind == "counts":
-        return Codec(vocabulary, k, 0.0, "count", ("first", "truth"))
+        return Codec(vocabulary, k, 0.0, ("first", "truth"))
     return Codec(vocabulary, k, QUANTUM, scalars=SCALARS)
 
 
@@ -61,7 +64,7 @@ def write_targets(folder, reader, vocabulary, samples, kind="top_k", k=K, move=(
     last row to the next one."""
     folder.mkdir(parents=True)
     how = codec(kind, vocabulary, k)
-    header = {"codec": how.header, "sequence_length": LENGTH}
+    header = FolderHeader(LENGTH, how)
     for start in range(0, samples, PER_SHARD):
         end = min(start + PER_SHARD, samples)
         sequences, views = reader.stream.pairs(np.arange(start, end))
@@ -74,12 +77,12 @@ def write_targets(folder, reader, vocabulary, samples, kind="top_k", k=K, move=(
             ids[row, : len(kept)] = kept
             given[row, : len(kept)] = values if kind == "counts" else -0.5 - QUANTUM * values
         tails = np.array([tail for *_, tail in rows])
-        scalars = {"first": np.full(len(rows), -0.5), "truth": np.full(len(rows), -0.5), "tail@1": tails - 1}
-        planes, distortion_n = how.pack(ids, given, scalars | {TAIL: tails})
+        scalars = {"first": np.full(len(rows), -0.5), "truth": np.full(len(rows), -0.5), 1.0: tails - 1}
+        planes, distortion_n = pack_arrays(how, ids, given, scalars | {TAIL: tails})
         ends = np.cumsum(view.loss_mask_BS.sum(axis=1))
         ends[[sample - start for sample in move if start <= sample < end - 1]] -= 1
         block = pack_block(how, planes, ends, reader.viewer.digests(view), distortion_n)
-        write_shard(folder / shard_name(start, end), how, header, start, [block])
+        write_shard(folder / shard_name(start, end), header, start, [block])
     return ShardFolder(folder, samples, PER_SHARD, header, keep=2)
 
 

@@ -16,18 +16,20 @@ import pytest
 
 from ki_ds import sealed
 from ki_ds.errors import UserError
+from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.sealed import Identity
 from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec
-from ki_ds.targets.folder import ShardFolder, open_folder, read_facts
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.manifest import TargetFacts, open_folder, read_facts
 from ki_ds.targets.shard import Shard, pack_block, shard_name, write_shard
 from ki_ds.targets.source import Source, join, names, place
 
 HOW = Codec(300, 4, 1 / 16)
-SAID = {"sequence_length": 16}
-HEADER = {**SAID, "codec": HOW.header}
+HEADER = FolderHeader(16, HOW)
 IDENTITY = Identity("teach", {"k": 4}, {"corpora/a": "0" * 32})
-FACTS = {"samples": 10, "samples_per_shard": 4, "header": HEADER}
+FACTS = {"samples": 10, "samples_per_shard": 4, "header": HEADER.record}
 
 
 def sample(number, how=HOW, rows=None):
@@ -36,7 +38,7 @@ def sample(number, how=HOW, rows=None):
     rows = int(rng.integers(0, 5)) if rows is None else rows
     logp = -rng.exponential(2, (rows, how.k)).astype(np.float32)
     ids = np.stack([rng.choice(how.vocabulary, how.k, replace=False) for _ in range(rows + 1)])[:rows]
-    planes, _ = how.pack(ids, logp, dict.fromkeys(how.scalars, logp.max(axis=1)))
+    planes, _ = pack_arrays(how, ids, logp, dict.fromkeys(how.scalars, logp.max(axis=1)))
     return planes, int(rng.integers(0, 2**64, dtype=np.uint64))
 
 
@@ -46,7 +48,7 @@ def write(path, start, end, how=HOW, rows=None):
     planes = codec.concatenate([how.empty(0), *(planes for planes, _ in found)])
     ends = np.cumsum([len(planes) for planes, _ in found], dtype=int)
     digests = np.array([digest for _, digest in found], np.uint64)
-    write_shard(path, how, SAID, start, [pack_block(how, planes, ends, digests, np.zeros(len(planes)))])
+    write_shard(path, FolderHeader(16, how), start, [pack_block(how, planes, ends, digests, np.zeros(len(planes)))])
 
 
 def fill(folder, samples=10, per_shard=4):
@@ -294,7 +296,11 @@ def finished(tmp_path):
 
 def test_sealed_folder_is_opened_by_its_manifest(finished):
     facts, manifest = read_facts(finished)
-    assert facts == FACTS and manifest["fingerprint"] == IDENTITY.fingerprint
+    assert (
+        facts == TargetFacts(10, 4, HEADER)
+        and facts.record == FACTS
+        and manifest["fingerprint"] == IDENTITY.fingerprint
+    )
     shards = open_folder(finished)
     assert shards.codec == HOW
     assert_read(shards, [9, 0, 5])
@@ -400,30 +406,35 @@ WRITER = """
 import importlib.metadata, os, sys
 import numpy as np
 from pathlib import Path
-from ki_ds.sealed import Identity, prepare, seal
-from ki_ds.targets import codec
+from ki_ds.sealed import Identity, prepare
+from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.manifest import TargetFacts, seal_targets
 from ki_ds.targets.shard import pack_block, write_shard
 
-HOW, SAMPLES, PER_SHARD, ROWS = codec.Codec(70_000, 40, 1 / 16), 90, 8, 200
+HOW, SAMPLES, PER_SHARD, ROWS = Codec(70_000, 40, 1 / 16), 90, 8, 200
 IDENTITY = Identity("teach", {"k": 40}, {})
 
 def block(start, end):
     rng, n = np.random.default_rng(start), (end - start) * ROWS
     ids = np.sort(rng.integers(0, 65_000, (n, 40)), axis=1) + np.arange(40)
-    planes, lost = HOW.pack(ids, -rng.exponential(3, (n, 40)), dict.fromkeys(HOW.scalars, np.zeros(n)))
-    return pack_block(HOW, planes, np.arange(ROWS, n + 1, ROWS), np.arange(start, end, dtype=np.uint64), lost)
+    values = np.minimum(16 * rng.exponential(3, (n, 40)), 255).astype(np.uint8)
+    values -= values.min(axis=1, keepdims=True)
+    scalars = np.zeros((len(HOW.scalars), n), np.int16)
+    planes = Planes(ids.astype(np.uint16), (ids >> 16).astype(np.uint8), values, np.full(n, 40, np.uint16), scalars)
+    digests = np.arange(start, end, dtype=np.uint64)
+    return pack_block(HOW, planes, np.arange(ROWS, n + 1, ROWS), digests, np.zeros(n))
 
 BLOCKS = [block(start, min(start + PER_SHARD, SAMPLES)) for start in range(0, SAMPLES, PER_SHARD)]
 
 def fill(folder):
     if prepare(folder, IDENTITY):
         return
-    shards, header = ShardFolder(folder, SAMPLES, PER_SHARD), {"sequence_length": 512}
+    shards, header = ShardFolder(folder, SAMPLES, PER_SHARD), FolderHeader(512, HOW)
     for number in shards.missing():
-        write_shard(folder / shards.name(number), HOW, header, number * PER_SHARD, [BLOCKS[number]])
-    facts = {"samples": SAMPLES, "samples_per_shard": PER_SHARD, "header": {**header, "codec": HOW.header}}
-    seal(folder, IDENTITY, facts)
+        write_shard(folder / shards.name(number), header, number * PER_SHARD, [BLOCKS[number]])
+    seal_targets(folder, IDENTITY, TargetFacts(SAMPLES, PER_SHARD, header))
 
 assert "torch" not in sys.modules
 for line in sys.stdin:  # each run is a process of its own, but python starts only once
@@ -463,7 +474,7 @@ def test_kill_at_any_instant_loses_nothing(tmp_path):
         """Every shard that is there, read as a whole."""
         for path in folder.glob("*.kit"):
             opened = Shard(path)
-            frames = opened.read(opened.header["start"], len(opened.index))
+            frames = opened.read(opened.header.start, len(opened.index))
             assert len(opened.planes(frames)) == 200 * len(frames)
 
     try:

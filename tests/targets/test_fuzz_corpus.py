@@ -42,7 +42,7 @@ def test_inputs_cut_short(data, tmp_path):
 
 def test_few_bytes_that_ask_for_gigabytes_of_planes(tmp_path):
     """Rows without entries compress to nothing, but a plane has K places for each."""
-    said = {"codec": Codec(2000, 1024, 0.0, "count", ()).header, "sequence_length": 1 << 20, "start": 0, "end": 1}
+    said = {"codec": Codec(2000, 1024, 0.0, ()).record, "sequence_length": 1 << 20, "start": 0, "end": 1}
     said |= {"rows": 1 << 19, "entries": 0}
     data = zstandard.ZstdCompressor().compress(bytes(1 << 20))
     rows = FIELDS.pack(0, 3, 3, 1 << 19)
@@ -53,7 +53,7 @@ def test_few_bytes_that_ask_for_gigabytes_of_planes(tmp_path):
 @pytest.mark.parametrize("junk", ["[]", '{"":{}}', "[[]]", "1e9", '"é"'])
 def test_largest_headers_take_little_memory(junk, tmp_path):
     """The bound of the fuzzer, at a size that it does not reach."""
-    said = {"codec": Codec(300, 3, 1 / 16).header, "sequence_length": 8, "start": 0, "end": 0, "rows": 0, "entries": 0}
+    said = {"codec": Codec(300, 3, 1 / 16).record, "sequence_length": 8, "start": 0, "end": 0, "rows": 0, "entries": 0}
     many = ",".join([junk] * (1_000_000 // (len(junk.encode()) + 1)))
     text = (json.dumps(said)[:-1] + f',"more":[{many}]}}').encode()
     assert 500_000 < len(text) < 1 << 20

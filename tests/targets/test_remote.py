@@ -19,9 +19,12 @@ import pytest
 
 from ki_ds import sealed
 from ki_ds.errors import UserError
+from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.targets import source
 from ki_ds.targets.codec import Codec
-from ki_ds.targets.folder import ShardFolder, open_folder, read_facts
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.manifest import TargetFacts, open_folder, read_facts, seal_targets
 from ki_ds.targets.shard import HEAD, TAIL, Shard, pack_block, shard_name, write_shard
 from ki_ds.targets.source import Source, join, names
 
@@ -58,7 +61,7 @@ def block(sample, rows, k=HOW.k):
     rng = np.random.default_rng(sample)
     ids = rng.integers(0, HOW.vocabulary - k, (rows, 1)) + np.stack([rng.permutation(k) for _ in range(rows)])
     scalars = {name: -rng.exponential(3, rows) for name in HOW.scalars}
-    planes, distortion = HOW.pack(ids, np.log(rng.dirichlet(np.ones(k), rows)), scalars)
+    planes, distortion = pack_arrays(HOW, ids, np.log(rng.dirichlet(np.ones(k), rows)), scalars)
     digest = rng.integers(0, 2**64, 1, np.uint64)
     return pack_block(HOW, planes, np.array([rows]), digest, distortion)
 
@@ -66,14 +69,13 @@ def block(sample, rows, k=HOW.k):
 def make(folder, samples=SAMPLES, per_shard=PER_SHARD, length=LENGTH, rows=None, **header):
     """A finished targets folder: shards and manifest."""
     folder.mkdir(exist_ok=True)
-    header = {"sequence_length": length, **header}
+    header = FolderHeader.read({"sequence_length": length, "codec": HOW.record, **header})
     for start in range(0, samples, per_shard):
         end = min(start + per_shard, samples)
         blocks = [block(sample, 1 + sample % length if rows is None else rows) for sample in range(start, end)]
-        write_shard(folder / shard_name(start, end), HOW, header, start, blocks)
+        write_shard(folder / shard_name(start, end), header, start, blocks)
     identity = sealed.Identity("teach", {}, {})
-    facts = {"samples": samples, "samples_per_shard": per_shard, "header": {**header, "codec": HOW.header}}
-    sealed.seal(folder, identity, facts)
+    seal_targets(folder, identity, TargetFacts(samples, per_shard, header))
     return folder
 
 
@@ -402,7 +404,7 @@ def test_threads_and_second_instances(local, upload):
 
 def test_few_shards_in_memory_are_opened_again(local, upload):
     facts, _ = read_facts(local)
-    opened = ShardFolder(upload(local).url, SAMPLES, PER_SHARD, facts["header"], keep=1)
+    opened = ShardFolder(upload(local).url, SAMPLES, PER_SHARD, facts.header, keep=1)
     same(opened.read(np.array([0, 21, 1, 20])), open_folder(local).read(np.array([0, 21, 1, 20])))
     assert len(opened.shards) == 1
 

@@ -17,8 +17,11 @@ import zstandard
 
 import ki_ds
 from ki_ds.errors import UserError
+from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.targets import shard
 from ki_ds.targets.codec import Codec
+from ki_ds.targets.distortion import Distortion
+from ki_ds.targets.header import FolderHeader
 from ki_ds.targets.shard import FOOTER, INDEX, MAGIC, PREFIX, Shard, pack_block, write_shard
 
 FORMAT = Path(ki_ds.__file__).parent / "targets" / "FORMAT.md"
@@ -33,7 +36,7 @@ def sample(number, rows=None, how=HOW):
     logp = -np.sort(rng.exponential(2, (rows, how.k)), axis=1).astype(np.float32)
     logp[:, 1:][rng.random((rows, how.k - 1)) < 0.2] = -np.inf
     ids = np.stack([rng.choice(how.vocabulary, how.k, replace=False) for _ in range(rows + 1)])[:rows]
-    planes, lost = how.pack(ids, logp, dict.fromkeys(how.scalars, logp[:, 0]))
+    planes, lost = pack_arrays(how, ids, logp, dict.fromkeys(how.scalars, logp[:, 0]))
     return planes, int(rng.integers(0, 2**64, dtype=np.uint64)), lost
 
 
@@ -48,22 +51,23 @@ def block(numbers, rows=None, how=HOW):
 
 def write(path, start, end, how=HOW, rows=None, **said):
     """A shard of recognisable samples; its header."""
-    return write_shard(path, how, {"sequence_length": LENGTH, **said}, start, [block(range(start, end), rows, how)])
+    header = FolderHeader.read({"sequence_length": LENGTH, "codec": how.record, **said})
+    return write_shard(path, header, start, [block(range(start, end), rows, how)]).record
 
 
 def contents(opened):
     """Everything that a shard says, as one comparable value."""
-    start, end = opened.header["start"], opened.header["end"]
+    start, end = opened.header.start, opened.header.end
     frames = opened.read(start, end - start)
     planes = opened.planes(frames)
     numbers = planes.ids(), planes.values_nK, planes.count_n, planes.scalars_Sn
-    return opened.header, [(f.sample, f.digest, f.rows, f.data) for f in frames], [n.tolist() for n in numbers]
+    return opened.header.record, [(f.sample, f.digest, f.rows, f.data) for f in frames], [n.tolist() for n in numbers]
 
 
 def said_by(start, end, rows, entries, how=HOW, **more):
     """A header."""
     numbers = {"start": start, "end": end, "rows": rows, "entries": entries, "sequence_length": LENGTH}
-    return {**numbers, "codec": how.header, **more}
+    return {**numbers, "codec": how.record, **more}
 
 
 def build(text, frames=(), index=None):
@@ -149,7 +153,7 @@ def hexdump():
 def test_golden_shard_is_read(tmp_path):
     (tmp_path / "x.kit").write_bytes(GOLDEN)
     opened = Shard(tmp_path / "x.kit")
-    assert opened.header["start"] == 4 and opened.codec == Codec(300, 3, 1 / 16)
+    assert opened.header.start == 4 and opened.codec == Codec(300, 3, 1 / 16)
     (only,) = opened.read(4)
     planes = opened.planes([only])
     assert (only.sample, only.rows, only.digest) == (4, 2, 0x1122334455667788)
@@ -165,11 +169,11 @@ def test_golden_shard_is_what_is_written_today(tmp_path):
     how = Codec(300, 3, 1 / 16)
     logp = np.array([[-1.5, -0.5, -2], [-np.inf, -0.25, -1.5]], np.float32)
     scalars = {"first": np.array([-0.5, -0.25]), "truth": np.array([-1.5, -8])}
-    planes, lost = how.pack(np.array([[260, 7, 41], [9, 5, 2]]), logp, scalars)
+    planes, lost = pack_arrays(how, np.array([[260, 7, 41], [9, 5, 2]]), logp, scalars)
     packed = pack_block(how, planes, np.array([2]), np.array([0x1122334455667788], np.uint64), lost)
-    said = write_shard(tmp_path / "x.kit", how, {"sequence_length": 8}, 4, [packed])
+    said = write_shard(tmp_path / "x.kit", FolderHeader(8, how), 4, [packed])
     assert (tmp_path / "x.kit").read_bytes() == GOLDEN
-    assert said == json.loads(GOLDEN[0x18:0xE1])
+    assert said.record == json.loads(GOLDEN[0x18:0xE1])
 
 
 def test_hexdump_of_the_format_is_the_golden_shard():
@@ -262,9 +266,9 @@ def test_shard_of_counts_written_by_hand(tmp_path):
     assert planes.count_n.tolist() == [2, 0, 1] + [0] * 5
     assert planes.ids()[:3].tolist() == [[0x2345, 0x12346, 0, 0], [0] * 4, [0xFFFF, 0, 0, 0]]
     assert planes.values_nK[:3].tolist() == [[3, 255, 0, 0], [0] * 4, [1, 0, 0, 0]]
-    stored = [opened.codec.scalar(planes, name)[:3].tolist() for name in names]
+    stored = [opened.codec.scalar(planes, scalar)[:3].tolist() for scalar in ("first", "truth", 2)]
     assert stored == [[-1, -np.inf, -1.25], [-1.5, -np.inf, -1.25], [1, -np.inf, -1 / 256]]
-    assert opened.header["colour"] == "blue"
+    assert opened.header.folder.more["colour"] == "blue"
 
 
 # ---------------------------------------------------------------------------------------------------- write
@@ -272,10 +276,10 @@ def test_shard_of_counts_written_by_hand(tmp_path):
 
 @pytest.mark.parametrize("vocabulary", [300, 100_000])
 def test_write_then_read(tmp_path, vocabulary):
-    how = Codec(vocabulary, 4, 1 / 16, scalars=("first", "truth", "tail@1"))
+    how = Codec(vocabulary, 4, 1 / 16, scalars=("first", "truth", 1.0))
     said = write(tmp_path / "x.kit", 40, 60, how, teacher="base", nested={"a": [1, None]})
     opened = Shard(tmp_path / "x.kit")
-    assert opened.header == said and opened.codec == how
+    assert opened.header.record == said and opened.codec == how
     assert said["teacher"] == "base" and said["nested"] == {"a": [1, None]}
     every = [sample(number, how=how) for number in range(40, 60)]
     assert (said["start"], said["end"]) == (40, 60)
@@ -297,18 +301,19 @@ def test_shard_without_samples(tmp_path):
     write(tmp_path / "x.kit", 5, 5)
     opened = Shard(tmp_path / "x.kit")
     assert opened.read(5, 0) == [] and len(opened.planes([])) == 0
-    assert opened.header["distortion"] == {"mean": 0, "max": 0}
+    assert opened.header.distortion == Distortion(0, 0)
     with pytest.raises(UserError, match="asked for 5"):
         opened.read(5)
 
 
 def test_same_input_gives_the_same_bytes(tmp_path):
     """Whatever samples were packed together, in however many threads, and in whatever order the header was made."""
-    said = {"sequence_length": LENGTH, "b": 1, "a": {"y": 2, "x": 1}}
-    write_shard(tmp_path / "one", HOW, said, 0, [block(range(24))])
+    said = {"sequence_length": LENGTH, "codec": HOW.record, "b": 1, "a": {"y": 2, "x": 1}}
+    write_shard(tmp_path / "one", FolderHeader.read(said), 0, [block(range(24))])
     with ThreadPoolExecutor(4) as pool:
         blocks = list(pool.map(block, [range(a, a + 2) for a in range(0, 24, 2)]))
-    write_shard(tmp_path / "two", HOW, {"a": {"x": 1, "y": 2}, "b": 1, "sequence_length": LENGTH}, 0, blocks)
+    said = {"a": {"x": 1, "y": 2}, "b": 1, "codec": HOW.record, "sequence_length": LENGTH}
+    write_shard(tmp_path / "two", FolderHeader.read(said), 0, blocks)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
 
 
@@ -482,7 +487,7 @@ def test_header_longer_than_what_is_read_at_first(tmp_path):
         said = said_by(0, 0, 0, 0, note="")
         said["note"] = "x" * (size - len(json.dumps(said)))
         (tmp_path / "x.kit").write_bytes(build(said))
-        assert Shard(tmp_path / "x.kit").header == said
+        assert Shard(tmp_path / "x.kit").header.record == said
     said["note"] += "x"
     assert f"header length {size + 1}" in refused(tmp_path / "x.kit", build(said))
 
@@ -490,7 +495,7 @@ def test_header_longer_than_what_is_read_at_first(tmp_path):
 def test_index_longer_than_what_is_read_at_first(tmp_path):
     count = shard.TAIL // INDEX.itemsize + 100
     packed = pack_block(HOW, HOW.empty(0), np.zeros(count, int), np.arange(count, dtype=np.uint64), np.zeros(0))
-    write_shard(tmp_path / "x.kit", HOW, {"sequence_length": LENGTH}, 0, [packed])
+    write_shard(tmp_path / "x.kit", FolderHeader(LENGTH, HOW), 0, [packed])
     opened = Shard(tmp_path / "x.kit")
     assert [raw.digest for raw in opened.read(0, count)] == list(range(count))
 
@@ -525,7 +530,7 @@ def test_header_of_wrong_types(tmp_path, key, value):
 
 @pytest.mark.parametrize("change", [{"k": 1025}, {"quantum": 10**400}, {"scalars": ["truth"]}, {"vocabulary": 1 << 30}])
 def test_header_whose_codec_is_none(tmp_path, change):
-    said = said_by(0, 0, 0, 0, codec={**HOW.header, **change})
+    said = said_by(0, 0, 0, 0, codec={**HOW.record, **change})
     assert "the header's codec: " in refused(tmp_path / "x.kit", build(said))
     assert "the header's codec: " in refused(tmp_path / "x.kit", build({**said, "codec": None}))
 

@@ -10,9 +10,12 @@ from helpers.teaching import TEACH, made, ranks
 
 from ki_ds.errors import UserError
 from ki_ds.sealed import Identity, prepare
-from ki_ds.targets.folder import CLAIMS, ShardFolder, finish
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.folder import ShardFolder
+from ki_ds.targets.header import FolderHeader
+from ki_ds.targets.manifest import TargetFacts, seal_targets
 from ki_ds.teaching import claims as module
-from ki_ds.teaching.claims import Claims, sealed_by_one, shared
+from ki_ds.teaching.claims import CLAIMS, Claims, sealed_by_one, shared
 
 PATIENCE_S = 200
 
@@ -97,7 +100,7 @@ def complete(tmp_path):
     both = views(folder, 3)
     for number in range(3):
         write(both[0], number)
-    return both, lambda: finish(folder, identity, 12, 4, {})
+    return both, lambda: seal_targets(folder, identity, TargetFacts(12, 4, FolderHeader(8, Codec(300, 4, 1 / 16))))
 
 
 def test_one_seals_and_the_other_waits(complete):

@@ -12,7 +12,7 @@ from helpers.teaching import TEACH, made, opened, ranks
 
 from ki_ds.stages.ranks import join
 from ki_ds.stages.teach import Teach
-from ki_ds.targets.folder import open_folder
+from ki_ds.targets.manifest import open_folder
 from ki_ds.teaching import job as teach
 
 SAMPLES = 112  # seven shards, so that one of two ranks has nothing to do in the end

@@ -21,7 +21,7 @@ from helpers.taught_corpora import (
 
 from ki_ds.corpus.stream import Mix
 from ki_ds.errors import UserError
-from ki_ds.targets.codec import NAT
+from ki_ds.targets.quanta import NAT
 
 
 @pytest.mark.parametrize("step", [0, 1, 3, 5, 40])  # from step 5 on pairs are read a second time, by random access
@@ -207,7 +207,7 @@ def test_tail_stands_at_its_own_row_and_takes_in_what_is_cut(tmp_path, kind, k, 
 
 def test_tail_is_that_of_the_asked_temperature_and_none_without_one(tmp_path):
     world = make_world(tmp_path)
-    (warm,), (cold,) = (loader(world, layout(8, 8), tail=name).load(0, 0.5) for name in (TAIL, "tail@1"))
+    (warm,), (cold,) = (loader(world, layout(8, 8), tail=name).load(0, 0.5) for name in (TAIL, 1.0))
     torch.testing.assert_close(warm.targets.tail_N - 1, cold.targets.tail_N)
     (without,) = loader(world, layout(8, 8)).load(0, 0.5)
     assert without.targets.tail_N is None

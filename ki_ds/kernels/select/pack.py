@@ -132,7 +132,7 @@ def pack_arrays(
     size = max(AT_ONCE // max(given.shape[1], 1), 1)
     for start in range(0, max(len(given), 1), size):
         here = slice(start, start + size)
-        numbers = {scalar: torch.from_numpy(np.asarray(scalars[scalar][here], np.float64)) for scalar in how.scalars}
+        numbers = {scalar: torch.from_numpy(np.array(scalars[scalar][here], np.float64)) for scalar in how.scalars}
         chosen = Selected(torch.from_numpy(ids_nK[here].astype(np.int64)), torch.from_numpy(given[here]), numbers)
         found = pack(chosen, how.k, how.quantum, how.temperatures, how.vocabulary > 1 << 16)
         parts.append(planes_of(found, how))

@@ -11,8 +11,10 @@ from helpers.loss_problems import TEMPERATURES
 from ki_ds.corpus.masking import View
 from ki_ds.kernels import PackedTargets, ki_loss
 from ki_ds.kernels.select.eager import select
-from ki_ds.targets.codec import NAT, Codec
-from ki_ds.targets.selection import Selection, tail_name
+from ki_ds.kernels.select.pack import pack_arrays
+from ki_ds.targets.codec import Codec
+from ki_ds.targets.quanta import NAT
+from ki_ds.targets.selection import Selection
 from ki_ds.teaching.job import uniforms
 
 
@@ -23,10 +25,9 @@ def taught(logits, selection, quantum, temperature, tail=False):
     numbers = uniforms(99, np.arange(rows), np.zeros(rows, np.int64), np.arange(rows), view, selection)
     given = None if numbers is None else torch.from_numpy(numbers)
     found = select(logits, torch.zeros(rows, dtype=torch.int64), selection, (temperature,), given)
-    values = "count" if selection.kind == "sampled" else "log-probability"
-    codec = Codec(vocabulary, min(selection.k, vocabulary), quantum, values, tuple(found.scalars))
+    codec = Codec(vocabulary, min(selection.k, vocabulary), quantum, tuple(found.scalars))
     scalars = {name: x.numpy() for name, x in found.scalars.items()}
-    planes, _ = codec.pack(found.ids_NK.numpy(), found.given_NK.numpy(), scalars)
+    planes, _ = pack_arrays(codec, found.ids_NK.numpy(), found.given_NK.numpy(), scalars)
     assert planes.high_nK is None
     return PackedTargets(
         torch.from_numpy(planes.ids_nK.view(np.int16)),
@@ -34,7 +35,7 @@ def taught(logits, selection, quantum, temperature, tail=False):
         torch.from_numpy(planes.values_nK),
         torch.from_numpy(planes.count_n.astype(np.int32)),
         codec.quantum,
-        torch.from_numpy(codec.scalar(planes, tail_name(temperature))) if tail else None,
+        torch.from_numpy(codec.scalar(planes, temperature)) if tail else None,
     )
 
 

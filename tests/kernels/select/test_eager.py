@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from ki_ds.kernels import select_targets
 from ki_ds.kernels.select import eager as kernel_select
 from ki_ds.kernels.select.eager import draw, nucleus, select
-from ki_ds.targets.selection import Selection, scalar_names, tail_name
+from ki_ds.targets.scalars import scalars_of
+from ki_ds.targets.selection import Selection
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
@@ -98,7 +99,7 @@ def test_k_at_or_above_the_vocabulary_gives_the_whole_distribution(k):
     found = top(normal(4, 37, 2), k, temperatures=TEMPERATURES)
     assert torch.equal(found.ids_NK.sort(1).values, torch.arange(37).expand(4, -1))
     torch.testing.assert_close(logp(found).exp().sum(1), torch.ones(4))
-    assert all((found.scalars[tail_name(t)] == -INF).all() for t in TEMPERATURES)
+    assert all((found.scalars[t] == -INF).all() for t in TEMPERATURES)
 
 
 def test_k_is_one():
@@ -128,7 +129,7 @@ def test_rows_of_which_all_but_a_few_ids_are_impossible(kind):
     assert torch.isfinite(logits.gather(1, found.ids_NK)[holds]).all()
     if kind != "sampled":
         assert holds.sum(1).tolist() == [2, 1, 3]
-        assert all((found.scalars[tail_name(t)] == -INF).all() for t in TEMPERATURES)
+        assert all((found.scalars[t] == -INF).all() for t in TEMPERATURES)
     truth = [-math.log1p(math.e), 0, -math.log(3)]
     assert found.scalars["truth"].tolist() == pytest.approx(truth, abs=1e-3)  # one ulp at 1e4
 
@@ -144,7 +145,7 @@ def test_no_rows(kind):
     found = select(torch.zeros(0, 9), torch.zeros(0, dtype=torch.int64), Selection(kind, 3, 0.5), (2,), random(0, 3, 0))
     assert (found.ids_NK.shape, found.given_NK.shape) == ((0, 3), (0, 3))
     assert found.ids_NK.dtype == torch.int64
-    assert set(found.scalars) == set(scalar_names(Selection(kind, 3), (2,)))
+    assert set(found.scalars) == set(scalars_of(Selection(kind, 3), (2,)))
     assert all(x.shape == (0,) for x in found.scalars.values())
 
 
@@ -191,11 +192,11 @@ def test_scalars_against_float64(kind, scale):
     ulp = 2e-7 * float(logits.abs().max()) + 5e-7
     torch.testing.assert_close(found.scalars["first"].double(), expected.amax(1), rtol=0, atol=ulp)
     torch.testing.assert_close(found.scalars["truth"].double(), expected[range(12), labels], rtol=0, atol=ulp)
-    assert tuple(found.scalars) == scalar_names(Selection(kind, 20), TEMPERATURES)
+    assert tuple(found.scalars) == scalars_of(Selection(kind, 20), TEMPERATURES)
     for n in range(12):
         kept = found.ids_NK[n][found.given_NK[n] > -INF].numpy()
         for temperature in TEMPERATURES:
-            tail = found.scalars[tail_name(temperature)][n].item()
+            tail = found.scalars[temperature][n].item()
             # relative precision of a tail's weight is the absolute one of its logarithm
             naive, about = naive_tail(logits[n], kept, temperature), 2 * ulp / min(temperature, 1)
             assert tail == pytest.approx(naive, abs=about) if naive > -87 else tail < -86  # fp32 ends there
@@ -204,7 +205,7 @@ def test_scalars_against_float64(kind, scale):
 def test_truth_is_at_temperature_one_beside_sampled_targets():
     logits, labels = normal(6, 50, 7), torch.arange(6)
     found = select(logits, labels, Selection("sampled", 5, temperature=4.0), TEMPERATURES, random(6, 5, 2))
-    assert tuple(found.scalars) == scalar_names(Selection("sampled", 5), TEMPERATURES)
+    assert tuple(found.scalars) == scalars_of(Selection("sampled", 5), TEMPERATURES)
     expected = logits.log_softmax(1)[range(6), labels]
     torch.testing.assert_close(found.scalars["truth"], expected, rtol=0, atol=2e-6)
 
@@ -218,11 +219,11 @@ def test_a_tail_of_a_billionth_keeps_its_relative_precision(temperature):
     mass = logits.double().softmax(1)[:, 10:].sum(1)
     assert (mass < 1e-9).all()
     for n in range(4):
-        tail = found.scalars[tail_name(temperature)][n].double().item()
+        tail = found.scalars[temperature][n].double().item()
         expected = naive_tail(logits[n], range(10), temperature)
         assert math.expm1(tail - expected) == pytest.approx(0, abs=2e-5)
     logp_first = logits.double().log_softmax(1).amax(1)
-    torch.testing.assert_close((found.scalars["tail@1"].double() + logp_first).exp(), mass, rtol=1e-5, atol=0)
+    torch.testing.assert_close((found.scalars[1.0].double() + logp_first).exp(), mass, rtol=1e-5, atol=0)
 
 
 def test_kept_and_tail_weights_make_the_tempered_distribution():
@@ -231,7 +232,7 @@ def test_kept_and_tail_weights_make_the_tempered_distribution():
     found = top(logits, 15, temperatures=TEMPERATURES)
     for temperature in TEMPERATURES:
         below = found.given_NK.double() / temperature
-        total = below.exp().sum(1) + found.scalars[tail_name(temperature)].double().exp()
+        total = below.exp().sum(1) + found.scalars[temperature].double().exp()
         expected = (logits.double() / temperature).softmax(1).gather(1, found.ids_NK)
         torch.testing.assert_close(below.exp() / total[:, None], expected, rtol=2e-5, atol=0)
 
@@ -286,7 +287,7 @@ def test_what_top_p_leaves_out_of_its_k_belongs_to_the_tail():
     assert (found.given_NK > -INF).tolist() == [[True, False, False, False]]
     for temperature in TEMPERATURES:
         expected = math.log(sum(math.exp(-i / temperature) for i in (1, 2, 3, 4)))
-        assert found.scalars[tail_name(temperature)].item() == pytest.approx(expected, abs=1e-6)
+        assert found.scalars[temperature].item() == pytest.approx(expected, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------------------------------ sampled

@@ -9,14 +9,17 @@ import numpy as np
 import pytest
 import torch
 from helpers.loss_problems import DEVICE, NEEDS_TRITON
+from helpers.targets import by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ki_ds.kernels import IDENTITY, LogitTransform
 from ki_ds.kernels.select import eager as select
-from ki_ds.kernels.select.eager import Selected, draw, pack, select_targets
+from ki_ds.kernels.select.eager import draw, select_targets
+from ki_ds.kernels.select.pack import Predictions, Selected, pack
 from ki_ds.targets.codec import Codec
-from ki_ds.targets.selection import Selection, scalar_names
+from ki_ds.targets.scalars import scalars_of
+from ki_ds.targets.selection import Selection
 
 # the interpreter computes in numpy, which warns of what stays behind a mask
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
@@ -55,7 +58,7 @@ def run(impl, device, arguments, selection, quantum=QUANTUM, temperatures=TEMPER
     high = None if found.high_NK is None else found.high_NK.cpu()
     scalars = {name: x.cpu() for name, x in found.scalars.items()}
     rest = (x.cpu() for x in (found.values_NK, found.count_N))
-    return select.Predictions(found.ids_NK.cpu(), high, *rest, scalars, found.distortion_N.cpu())
+    return Predictions(found.ids_NK.cpu(), high, *rest, scalars, found.distortion_N.cpu())
 
 
 def equal(one, two):
@@ -79,7 +82,7 @@ def naive(logits, labels, selection, temperatures):
     rows, vocabulary = logits.shape
     k = min(selection.k, vocabulary)
     ids, given = np.zeros((rows, k), np.int64), np.full((rows, k), -INF)
-    names = scalar_names(selection, temperatures)
+    names = scalars_of(selection, temperatures)
     scalars = {name: np.zeros(rows) for name in names}
     for n, row in enumerate(logits.numpy()):
         order = np.lexsort((np.arange(vocabulary), -row))
@@ -91,7 +94,7 @@ def naive(logits, labels, selection, temperatures):
         ids[n], given[n, :end] = order[:k], below[:end]
         with np.errstate(divide="ignore"):
             for name in names[2:]:
-                scalars[name][n] = np.log(np.exp(below[end:] / float(name[5:])).sum())
+                scalars[name][n] = np.log(np.exp(below[end:] / name).sum())
         scalars["first"][n] = np.log(mass[0])
         scalars["truth"][n] = scalars["first"][n] + row[labels[n]] - row[order[0]]
     return ids, given, scalars
@@ -101,7 +104,7 @@ def agrees(found, logits, labels, selection, quantum=QUANTUM, temperatures=TEMPE
     """Planes exactly as the codec packs the naive choice, values up to a step; scalars and distortion nearly."""
     ids, given, scalars = naive(logits, labels, selection, temperatures)
     how = Codec(logits.shape[1], ids.shape[1], quantum, scalars=tuple(scalars))
-    planes, lost = how.pack(ids, given, scalars)
+    planes, lost = by_definition(how, ids, given, scalars)
     np.testing.assert_array_equal(found.count_N.numpy(), planes.count_n)
     np.testing.assert_array_equal(found.ids_NK.numpy().view(np.uint16), planes.ids_nK)
     assert (found.high_NK is None) == (planes.high_nK is None)
@@ -186,7 +189,7 @@ def test_all_logits_equal(impl, device):
     """More ties than a list holds: the lowest ids win."""
     found = run(impl, device, constant([2.5] * 500), Selection("top_k", 7))
     assert found.ids_NK.tolist() == [[0, 1, 2, 3, 4, 5, 6]] and not found.values_NK.any()
-    assert found.scalars["tail@2"].item() == pytest.approx(math.log(493), abs=1e-5)
+    assert found.scalars[2.0].item() == pytest.approx(math.log(493), abs=1e-5)
 
 
 @EVERY
@@ -250,7 +253,7 @@ def test_impossible_ids_are_not_kept(impl, device, possible):
         assert found.count_N.tolist() == [held] and found.ids_NK[0, :held].tolist() == possible[-held:]
         assert not found.ids_NK[0, held:].any() and not found.values_NK[0, held:].any()
         rest = sum(math.exp(i - len(possible) + 1) for i in range(len(possible) - held))
-        assert found.scalars["tail@1"].item() == pytest.approx(math.log(rest) if rest else -INF, abs=1e-5)
+        assert found.scalars[1.0].item() == pytest.approx(math.log(rest) if rest else -INF, abs=1e-5)
 
 
 @EVERY
@@ -285,7 +288,7 @@ def test_no_rows(impl, device, kind):
     how = dict(quantum=0.0, uniforms_NK=uniforms(0, 5)) if kind == "sampled" else {}
     found = run(impl, device, integers(0, 3, 20, 8), Selection(kind, 5, 0.9), **how)
     assert found.ids_NK.shape == found.values_NK.shape == (0, 5) and found.count_N.shape == (0,)
-    assert set(found.scalars) == set(scalar_names(Selection(kind, 5), TEMPERATURES))
+    assert set(found.scalars) == set(scalars_of(Selection(kind, 5), TEMPERATURES))
 
 
 # --------------------------------------------------------------------------------------------------- how it is computed
@@ -331,7 +334,7 @@ def test_inputs_unchanged_and_no_graph(impl, device):
     quantum=st.sampled_from([1 / 1024, 1 / 16, 61 / 1024, 1.0]), left_out=st.booleans(), wide=st.booleans(),
     temperatures=st.sampled_from([(1.0,), (1.0, 2.0), (0.5, 1.0, 3.0)]),
 )  # fmt: skip
-def test_packs_what_the_codec_packs(seed, k, scale, quantum, left_out, wide, temperatures):
+def test_packs_what_the_definition_packs(seed, k, scale, quantum, left_out, wide, temperatures):
     g = torch.Generator().manual_seed(seed)
     given_NK = -scale * torch.rand(6, k, generator=g)
     if left_out:
@@ -340,9 +343,9 @@ def test_packs_what_the_codec_packs(seed, k, scale, quantum, left_out, wide, tem
     given_NK -= given_NK.amax(1, keepdim=True).nan_to_num(neginf=0)
     vocabulary = 70_000 if wide else 60_000
     ids = torch.stack([torch.randperm(vocabulary, generator=g)[:k] for _ in range(6)])
-    names = ("first", *(f"tail@{t:.12g}" for t in temperatures))
+    names = ("first", *temperatures)
     how = Codec(vocabulary, k, quantum, scalars=names)
-    planes, lost = how.pack(ids.numpy(), given_NK.numpy(), dict.fromkeys(names, np.zeros(6)))
+    planes, lost = by_definition(how, ids.numpy(), given_NK.numpy(), dict.fromkeys(names, np.zeros(6)))
     found = pack(Selected(ids, given_NK, {}), k, quantum, temperatures, wide)
     np.testing.assert_array_equal(found.ids_NK.numpy().view(np.uint16), planes.ids_nK)
     np.testing.assert_array_equal(found.values_NK.numpy(), planes.values_nK)
