@@ -157,7 +157,7 @@ def test_a_teachers_engine_json_is_read():
     assert whole.for_deepspeed == zero(3) | {"train_micro_batch_size_per_gpu": 1}
     with pytest.raises(UserError, match=r"zero_optimization\.stage3_max_live_parameter: unknown key"):
         InferenceEngineConfig.read(zero(3, stage3_max_live_parameter=1), "engine.json", "fp32")
-    with pytest.raises(UserError, match="engine.json: expected a JSON object, a DeepSpeed configuration"):
+    with pytest.raises(UserError, match=r"engine\.json: expected a JSON object, a DeepSpeed configuration"):
         InferenceEngineConfig.read([], "engine.json", "fp32")
 
 
