@@ -96,7 +96,7 @@ def measure(config: Any, objective: str, a: argparse.Namespace, chosen: EngineCo
     """(bytes that torch had allocated, at the highest, parameters) from the making of the model on."""
     gc.collect()
     activities = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=activities, profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         student = LanguageModel(hugging_face.new_model(config, objective, seed=1), a.vocabulary)
         parameters = sum(p.numel() for p in student.parameters())
         size = a.sequences * MICRO_BATCHES * distributed.world_size()

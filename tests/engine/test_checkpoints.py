@@ -1,5 +1,7 @@
 """Checkpoints of the engine: kept, resumed, damaged."""
 
+import json
+
 import pytest
 import torch
 from helpers.engines import STAGES, new_engine, step, weights, world  # noqa: F401
@@ -24,6 +26,19 @@ def test_checkpoints_are_kept_resumed_and_named_last(stage, half, tmp_path):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
     with pytest.raises(UserError, match="belongs to another run"):
         checkpoints.resume(new_engine(stage, half).deepspeed, tmp_path, {"fingerprint": "y"})
+
+
+def test_a_record_that_says_stage_is_read(tmp_path):
+    """As records were written before they said zero_stage."""
+    one = saved(tmp_path, 1)
+    file = tmp_path / "step-00000001" / checkpoints.RECORD
+    record = json.loads(file.read_bytes())
+    file.write_text(json.dumps({"stage": record.pop("zero_stage"), **record}))
+    assert "zero_stage" not in file.read_text()
+    two = new_engine(1)
+    assert checkpoints.resume(two.deepspeed, tmp_path, {}) == 1
+    for mine, theirs in zip(weights(one), weights(two), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=0)
 
 
 def saved(folder, steps):

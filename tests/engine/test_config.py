@@ -7,7 +7,7 @@ import pytest
 from helpers.engines import settings
 
 from ki_ds.engine import config as engine_config
-from ki_ds.engine.config import EngineConfig, Offload, OptimizerOffload, ParameterOffload
+from ki_ds.engine.config import EngineConfig, InferenceEngineConfig, Offload, OptimizerOffload, ParameterOffload
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
 
@@ -146,6 +146,19 @@ def test_what_an_engine_json_says():
 def test_deepspeed_is_given_what_is_its_own():
     given = {"optimizer": {"type": "AdamW"}, "ki_ds": {}, "activation_checkpointing": {}, "train_batch_size": "auto"}
     assert EngineConfig.read(given | zero(2), "engine.json").for_deepspeed == zero(2)
+
+
+def test_a_teachers_engine_json_is_read():
+    """With the experiment's precision; the keys of its block are those that DeepSpeed knows."""
+    found = InferenceEngineConfig.read(zero(3, offload_param=CPU), "engine.json", "bf16")
+    assert (found.source, found.zero_stage, found.precision) == ("engine.json", 3, "bf16")
+    assert found.for_deepspeed == zero(3, offload_param=CPU) | BF16 | {"train_micro_batch_size_per_gpu": 1}
+    whole = InferenceEngineConfig.read(zero(3), "engine.json", "fp32")
+    assert whole.for_deepspeed == zero(3) | {"train_micro_batch_size_per_gpu": 1}
+    with pytest.raises(UserError, match=r"zero_optimization\.stage3_max_live_parameter: unknown key"):
+        InferenceEngineConfig.read(zero(3, stage3_max_live_parameter=1), "engine.json", "fp32")
+    with pytest.raises(UserError, match=r"engine\.json: expected a JSON object, a DeepSpeed configuration"):
+        InferenceEngineConfig.read([], "engine.json", "fp32")
 
 
 def test_precision_is_what_changes_rounding_and_nothing_else():

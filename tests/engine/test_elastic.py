@@ -1,10 +1,12 @@
 """A run that goes on with another number of ranks, or at another ZeRO stage.
 
 This file is its own program: under the launcher, `main` saves checkpoints as two ranks and goes on from all there are;
-the tests do the same as one rank.
+the tests do the same as one rank. What a checkpoint is converted to is the same for every target, so that DeepSpeed's
+converter runs once for each.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +16,7 @@ import torch
 from helpers.commands import environment
 from helpers.engines import batch, means, new_engine, weights, world  # noqa: F401
 
-from ki_ds.engine import checkpoints
+from ki_ds.engine import checkpoints, universal
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.launch import distributed
 from ki_ds.launch.distributed import free_port
@@ -61,8 +63,26 @@ def go_on(folder, stage, half):
     return {"losses": steps(one, FIRST, LAST), "weights": weights(one)}
 
 
+def convert_once(source, zero_stage, groups, target, convert=universal.convert):
+    """Convert, or copy what was converted before."""
+    kept = source.parent / f"kept-{source.name}"
+    if not distributed.broadcast_object(kept.exists()):
+        convert(source, zero_stage, groups, target)
+        if distributed.rank() == 0:
+            shutil.copytree(target, kept)
+    elif distributed.rank() == 0:
+        shutil.copytree(kept, target)
+    distributed.barrier()
+
+
 def every(root):
     """Of all checkpoints under a folder, the run that goes on at each stage."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(universal, "convert", convert_once)
+        return goes_on_from(root)
+
+
+def goes_on_from(root):
     found = {}
     for folder in sorted(root.glob("zero*")):
         half = "bf16" in folder.name

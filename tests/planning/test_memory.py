@@ -65,7 +65,7 @@ def test_the_peak_is_what_torch_allocates(stage, half):
         pytest.skip("refused")
     gc.collect()
     cpu = [torch.profiler.ProfilerActivity.CPU]
-    with torch.profiler.profile(activities=cpu, profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(activities=cpu, profile_memory=True) as profile:
         one = new_engine(stage, half=half, bucket=40_000)
         for number in range(2):
             step(one, number)
@@ -92,7 +92,7 @@ def test_activations_are_what_a_forward_pass_leaves(name, dropout):
     ids = torch.randint(5, 200, (4, 64))
     model(input_ids=ids, use_cache=False)  # lazily made tables
     gc.collect()
-    with torch.profiler.profile(profile_memory=True, acc_events=True) as profile:
+    with torch.profiler.profile(profile_memory=True) as profile:
         out = model(input_ids=ids, use_cache=False).logits
     events = profile.profiler.kineto_results.events()
     live = sum(event.nbytes() for event in events if event.name() == "[memory]") - out.nbytes
