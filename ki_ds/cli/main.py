@@ -65,7 +65,8 @@ def _run(
     settings: list[str] | None, only: str | None = None, name: str | None = None, launcher: str = "pdsh",
     launcher_args: str = "", restarts: int = 0, timeout: float = 10.0,
 ) -> None:  # fmt: skip
-    from ki_ds.launch.launcher import Launch, check, hosts
+    from ki_ds.launch.command import Launch, check
+    from ki_ds.launch.hosts import hosts
     from ki_ds.stages.pipeline import default_processes, run
 
     distributed.quiet()
@@ -163,7 +164,7 @@ def plan(
     from rich.console import Console
     from rich.table import Table
 
-    from ki_ds.launch.launcher import hosts
+    from ki_ds.launch.hosts import hosts
     from ki_ds.planning import plan as plans
     from ki_ds.stages import pipeline
 
@@ -298,7 +299,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(failed.code) from None
     except heartbeat.Stopped:
         heartbeat.end("stopped")
-        if distributed.rank() == 0 and not heartbeat.HERE.watched:
+        if distributed.rank() == 0 and not heartbeat.THIS_RANK.watched:
             print("stopped, as asked; the same command goes on from here", file=sys.stderr, flush=True)
         raise SystemExit(heartbeat.REQUEUE) from None
     except RuntimeError as error:

@@ -10,8 +10,9 @@ from ki_ds.corpus.sources import FileSource, files
 from ki_ds.engine import config as engine_config
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.experiment.graph import Kind, Stage, stages, targets_needed
+from ki_ds.launch.command import Launch
 from ki_ds.launch.heartbeat import Stopped
-from ki_ds.launch.launcher import LAUNCHED, Launch, launched
+from ki_ds.launch.launcher import launched
 from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, check_identity, state
 from ki_ds.stages.worker import work
@@ -19,6 +20,8 @@ from ki_ds.targets.folder import read_facts
 from ki_ds.teaching import teacher as inference
 from ki_ds.teaching.job import complete
 from ki_ds.workspace import Workspace
+
+LAUNCHED = ("teach", "train", "evaluate")  # stages that run under the launcher
 
 # --------------------------------------------------------------------------------------------------- before
 
@@ -171,7 +174,7 @@ def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
         Stopped: a signal asked for it; what was done is saved.
     """
     for again in range(launch.restarts, -1, -1):
-        outcome = launched(launch, group)
+        outcome = launched(launch, [f"{stage.kind}:{stage.name}" for stage in group])
         group = [stage for stage in group if stage_state(space, stage) != "sealed"]
         if not group:
             return
@@ -179,7 +182,7 @@ def started(space: Workspace, launch: Launch, group: list[Stage]) -> None:
             raise Stopped
         if outcome.code == 2:
             raise StageFailed(str(group[0]), 2)
-        if outcome.asked:
+        if outcome.stop_requested:
             raise StageFailed(str(group[0]), 1)
         failed = f"{group[0]}: failed (exit code {outcome.code}); the reason stands above."
         say(f"{failed} Starting again; {again - 1} restarts are left." if again else f"{failed} Run again to continue.")
