@@ -14,7 +14,7 @@ from ki_ds.stages.worker import begin, lesson
 from ki_ds.targets.folder import open_folder
 from ki_ds.teaching import job as teach
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
 SAMPLES = 112  # seven shards, so that one of two ranks has nothing to do in the end
 OFFLOADED = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}

@@ -13,7 +13,7 @@ from ki_ds.launch import distributed
 from ki_ds.models import language_model
 from ki_ds.models.language_model import LanguageModel
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
 VOCABULARY, LENGTH, WORLD = 60, 10, 2
 CASES = [(True, "chunked"), (False, "chunked"), (True, "triton")]  # tied embeddings?, implementation
