@@ -57,7 +57,7 @@ def main(arguments: list[str] | None = None) -> None:
         raise SystemExit(failed.code) from None
     except heartbeat.Stopped:
         heartbeat.end("stopped")
-        if distributed.rank() == 0 and not heartbeat.HERE.watched:
+        if distributed.rank() == 0 and not heartbeat.THIS_RANK.watched:
             print("stopped, as asked; the same command goes on from here", file=sys.stderr, flush=True)
         raise SystemExit(heartbeat.REQUEUE) from None
     except RuntimeError as error:

@@ -45,7 +45,7 @@ def ranks_of(space: Workspace, processes: int | None, hostfile: Path | None) -> 
         UserError: the host file cannot be read.
     """
     from ki_ds.errors import UserError
-    from ki_ds.launch.launcher import hosts
+    from ki_ds.launch.hosts import hosts
     from ki_ds.stages.pipeline import default_processes
 
     if hostfile and not hostfile.exists():

@@ -31,7 +31,7 @@ from ki_ds.cli.options import (
 )  # fmt: skip
 from ki_ds.errors import UserError
 from ki_ds.launch import distributed, heartbeat
-from ki_ds.launch.launcher import Launch, check
+from ki_ds.launch.command import Launch, check
 from ki_ds.progress import duration, say
 from ki_ds.stages.pipeline import commands, run, stages, work
 from ki_ds.workspace import SHIPPED, Workspace

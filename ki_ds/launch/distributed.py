@@ -38,14 +38,17 @@ def under_launcher() -> bool:
 
 
 def rank() -> int:
+    """This process's number among all ranks; 0 without a launcher."""
     return _told(RANK, 0)
 
 
 def local_rank() -> int:
+    """This process's number among the ranks of its node; 0 without a launcher."""
     return _told(LOCAL_RANK, 0)
 
 
 def world_size() -> int:
+    """The number of ranks; 1 without a launcher."""
     return _told(WORLD_SIZE, 1)
 
 
@@ -102,7 +105,11 @@ def _first_host(nodes: str) -> str:
 
 
 def rendezvous() -> str:
-    """A name for this run that all its ranks know before they have met."""
+    """A name for this run that all its ranks know before they have met: where rank 0 is to be found.
+
+    Raises:
+        UserError: nothing here can find the address of rank 0.
+    """
     complete_environment()
     return f"{os.environ.get('MASTER_ADDR', 'mpi')}-{os.environ['MASTER_PORT']}"
 
@@ -115,7 +122,13 @@ def free_port() -> int:
 
 
 def init_distributed() -> torch.device:
-    """Join the process group through DeepSpeed; a plain process becomes the one rank of a world of its own."""
+    """Join the process group through DeepSpeed; a plain process becomes the one rank of a world of its own.
+
+    Returns the device of this rank.
+
+    Raises:
+        UserError: nothing here can find the address of rank 0.
+    """
     complete_environment()
     quiet()
     import deepspeed
@@ -125,8 +138,8 @@ def init_distributed() -> torch.device:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if not torch.distributed.is_initialized():
-        # the heart beat is to be the first to notice, since it can say which rank is missing
-        limit = timedelta(seconds=heartbeat.PATIENCE * heartbeat.HERE.timeout_s + 60)
+        # the heartbeat is to be the first to notice, since it can say which rank is missing
+        limit = timedelta(seconds=heartbeat.PATIENCE * heartbeat.THIS_RANK.timeout_s + 60)
         port = int(os.environ["MASTER_PORT"])
         deepspeed.init_distributed(verbose=False, timeout=limit, distributed_port=port)
     if torch.cuda.is_available():
@@ -161,13 +174,14 @@ def quiet() -> None:
 
 
 def barrier() -> None:
+    """Wait until all ranks have come here."""
     if world_size() > 1:
         with heartbeat.waiting_for_others():
             torch.distributed.barrier()
 
 
 def all_reduce(values: Tensor) -> Tensor:
-    """Elementwise sum over the ranks; a new tensor."""
+    """Elementwise sum over the ranks; a new tensor, the same on every rank."""
     total = values.clone()
     if world_size() > 1:
         with heartbeat.waiting_for_others():
@@ -186,7 +200,7 @@ def broadcast_object(value: Any) -> Any:
 
 
 def all_gather_object(value: Any) -> list[Any]:
-    """Every rank's value, on every rank."""
+    """Every rank's value, in the order of ranks, on every rank."""
     if world_size() == 1:
         return [value]
     found: list[Any] = [None] * world_size()

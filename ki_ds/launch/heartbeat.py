@@ -18,7 +18,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from ki_ds.launch.monitor import Monitor
+from ki_ds.launch.monitor import WORD_FILE, Monitor, rank_file
 from ki_ds.launch.records import read_record, write_record
 from ki_ds.progress import duration
 
@@ -26,8 +26,6 @@ PERIOD_S = 1.0
 PATIENCE = 6  # a long piece of work may take so many times the limit
 EXPLAINED_S = 3.0  # within which a SIGTERM that is to save is followed by the monitor's word
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-
-
 REQUEUE = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
 
 
@@ -36,13 +34,13 @@ class Stopped(Exception):
 
 
 class Heartbeat:
-    """This rank's sign of life."""
+    """A rank's sign of life."""
 
     def __init__(self) -> None:
         self.file: Path | None = None
         self.rank, self.count, self.progress = 0, 0, 0
         self.doing, self.waiting, self.ended = "starting", False, ""
-        self.asked = threading.Event()  # to save and end
+        self.stop_requested = threading.Event()  # to save and end
         self.watched = False  # by the process that started the ranks
         self.terminated: float | None = None  # since when SIGTERM waits for an explanation
         self.patience = 1  # how many times the usual limit this may take
@@ -57,40 +55,40 @@ class Heartbeat:
                 write_record(self.file, {
                     "rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self.count,
                     "progress": self.progress, "doing": self.doing[:200], "waiting": self.waiting, "ended": self.ended,
-                    "asked": self.asked.is_set(), "patience": self.patience,
+                    "stop_requested": self.stop_requested.is_set(), "patience": self.patience,
                 })  # fmt: skip
 
 
-HERE = Heartbeat()
+THIS_RANK = Heartbeat()  # a process is one rank
 
 
 def report(doing: str, waiting: bool = False) -> None:
     """Say what this rank is about to do; called again and again, this is what shows that it gets on. `waiting`: for
     other ranks, which are the ones to be watched then."""
-    HERE.progress += 1
-    HERE.doing, HERE.waiting = doing, waiting
+    THIS_RANK.progress += 1
+    THIS_RANK.doing, THIS_RANK.waiting = doing, waiting
 
 
 def count() -> None:
     """Say that this rank gets on with what it reported last."""
-    HERE.progress += 1
+    THIS_RANK.progress += 1
 
 
 @contextlib.contextmanager
 def lengthy(doing: str) -> Any:
     """Around one long piece of work of a library, which cannot say that it gets on."""
     report(doing)
-    HERE.patience = PATIENCE
+    THIS_RANK.patience = PATIENCE
     try:
         yield
     finally:
-        HERE.patience = 1
+        THIS_RANK.patience = 1
 
 
 @contextlib.contextmanager
 def waiting_for_others() -> Any:
     """Around a collective operation."""
-    before = HERE.doing
+    before = THIS_RANK.doing
     report(f"{before}: waiting for other ranks", waiting=True)
     try:
         yield
@@ -100,7 +98,7 @@ def waiting_for_others() -> Any:
 
 def asked_to_stop() -> bool:
     """Whether a signal, or the monitor, has asked to save and end."""
-    return HERE.asked.is_set()
+    return THIS_RANK.stop_requested.is_set()
 
 
 def stop_if_asked() -> None:
@@ -120,14 +118,14 @@ def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: b
     To ranks that are watched, SIGTERM alone says nothing: it comes with a preemption, of which the monitor hears too,
     and from a launcher that ends the ranks because one of them has died. Without the monitor's word they end.
     """
-    HERE.rank, HERE.file, HERE.timeout_s = rank, folder / f"rank-{rank:05d}.json", timeout_s
-    HERE.watched = watched
+    THIS_RANK.rank, THIS_RANK.file, THIS_RANK.timeout_s = rank, folder / rank_file(rank), timeout_s
+    THIS_RANK.watched = watched
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     watching = rank == 0 and not watched
     for left in folder.glob("rank-*.json") if watching else ():  # of an earlier run; who lives writes again
         left.unlink(missing_ok=True)
-    HERE.write()
+    THIS_RANK.write()
     for number in SIGNALS:
         signal.signal(number, _on_signal)
     monitor = Monitor(folder, world_size, timeout_s) if watching else None
@@ -136,43 +134,56 @@ def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: b
 
 def end(how: str) -> None:
     """The last sign of life: "done", "stopped" or "failed"."""
-    HERE.ended = how
-    HERE.write()
+    THIS_RANK.ended = how
+    THIS_RANK.write()
 
 
 def _on_signal(number: int, _frame: Any) -> None:
-    if HERE.watched and number == signal.SIGTERM:
-        HERE.terminated = HERE.terminated or time.monotonic()
+    if THIS_RANK.watched and number == signal.SIGTERM:
+        THIS_RANK.terminated = THIS_RANK.terminated or time.monotonic()
         return
-    if HERE.asked.is_set():
+    if THIS_RANK.stop_requested.is_set():
         os._exit(128 + number)
-    HERE.asked.set()
+    THIS_RANK.stop_requested.set()
 
 
 def _live(folder: Path, timeout_s: float, monitor: Monitor | None) -> None:
+    """Write beats and do as the monitor says, until the process ends; with a `monitor`, be the one that watches."""
     # what stands there before rank 0 watches is of an earlier run
-    old = None if HERE.watched else read_record(folder / "word.json")
-    word, heard = old, time.monotonic()
+    earlier = None if THIS_RANK.watched else read_record(folder / WORD_FILE)
+    word, heard = earlier, time.monotonic()
     while True:
-        HERE.write()
+        THIS_RANK.write()
         if monitor is not None:
-            silent = monitor.look()
-            monitor.say("stop" if silent else "save" if monitor.asked else "run")
-            if silent:
-                _leave(f"{silent}; this run stops")
-        found = read_record(folder / "word.json")
+            _watch(monitor)
+        found = read_record(folder / WORD_FILE)
         if found != word:
             word, heard = found, time.monotonic()
-        said = (word or {}).get("say") if word != old else None
+        said = (word or {}).get("say") if word != earlier else None
         if said == "stop":
-            _leave(None if HERE.watched else f"rank {HERE.rank}: stops, as rank 0 says")
+            _leave(None if THIS_RANK.watched else f"rank {THIS_RANK.rank}: stops, as rank 0 says")
         if said == "save":
-            HERE.asked.set()
-        if HERE.terminated and not HERE.asked.is_set() and time.monotonic() - HERE.terminated > EXPLAINED_S:
-            _leave(None)
+            THIS_RANK.stop_requested.set()
+        _leave_if_unexplained()
         if time.monotonic() - heard > timeout_s + 10 * PERIOD_S:
-            _leave(f"rank {HERE.rank}: nothing heard for {duration(timeout_s)} from the process that watches this run")
+            _leave(
+                f"rank {THIS_RANK.rank}: nothing heard for {duration(timeout_s)} from the process that watches this run"
+            )
         time.sleep(PERIOD_S)
+
+
+def _watch(monitor: Monitor) -> None:
+    silent = monitor.look()
+    monitor.say("stop" if silent else "save" if monitor.stop_requested else "run")
+    if silent:
+        _leave(f"{silent}; this run stops")
+
+
+def _leave_if_unexplained() -> None:
+    """End where a SIGTERM was not followed by the monitor's word to save."""
+    since = THIS_RANK.terminated
+    if since and not THIS_RANK.stop_requested.is_set() and time.monotonic() - since > EXPLAINED_S:
+        _leave(None)
 
 
 def _leave(why: str | None) -> None:

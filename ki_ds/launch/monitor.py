@@ -11,9 +11,16 @@ from typing import Any
 from ki_ds.launch.records import read_record, write_record
 from ki_ds.progress import duration
 
+WORD_FILE = "word.json"  # in the control folder: what the monitor says
+
+
+def rank_file(rank: int) -> str:
+    """The name of a rank's file in the control folder."""
+    return f"rank-{rank:05d}.json"
+
 
 @dataclass
-class Seen:
+class RankState:
     """What the monitor last saw of a rank, and since when (seconds of this machine's monotonic clock)."""
 
     record: dict[str, Any]
@@ -27,35 +34,35 @@ class Monitor:
     def __init__(self, folder: Path, world_size: int, timeout_s: float):
         self.folder, self.timeout_s, self.beat = folder, timeout_s, 0
         now = time.monotonic()
-        self.seen = {rank: Seen({}, now, now) for rank in range(world_size)}
+        self.ranks = {rank: RankState({}, now, now) for rank in range(world_size)}
 
     def say(self, word: str) -> None:
         """Tell the ranks: "run", "save" or "stop"."""
         self.beat += 1
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
-        write_record(self.folder / "word.json", {"beat": self.beat, "say": word})
+        write_record(self.folder / WORD_FILE, {"beat": self.beat, "say": word})
 
     def look(self) -> str:
         """Which ranks have been silent for too long, in words; empty while all is well."""
         now = time.monotonic()
-        for rank, seen in self.seen.items():
-            record = read_record(self.folder / f"rank-{rank:05d}.json") or seen.record
-            if record.get("beat") != seen.record.get("beat"):
-                seen.alive_since = now
-            if record.get("progress") != seen.record.get("progress"):
-                seen.progress_since = now
-            seen.record = record
+        for rank, state in self.ranks.items():
+            record = read_record(self.folder / rank_file(rank)) or state.record
+            if record.get("beat") != state.record.get("beat"):
+                state.alive_since = now
+            if record.get("progress") != state.record.get("progress"):
+                state.progress_since = now
+            state.record = record
         return self.verdict(now)
 
     def verdict(self, now: float) -> str:
         """As `look`, from what was seen before."""
-        left = {rank: seen for rank, seen in self.seen.items() if not seen.record.get("ended")}
-        dead = [rank for rank, seen in left.items() if now - seen.alive_since > self.timeout_s]
+        left = {rank: state for rank, state in self.ranks.items() if not state.record.get("ended")}
+        dead = [rank for rank, state in left.items() if now - state.alive_since > self.timeout_s]
         stuck = [
             rank
-            for rank, seen in left.items()
-            if now - seen.progress_since > self.timeout_s * seen.record.get("patience", 1)
+            for rank, state in left.items()
+            if now - state.progress_since > self.timeout_s * state.record.get("patience", 1)
         ]
         blamed = dead or [rank for rank in stuck if not left[rank].record.get("waiting")]
         if not blamed and len(stuck) < len(left):
@@ -66,7 +73,7 @@ class Monitor:
         return "; ".join(self._words(rank, rank in dead) for rank in behind)
 
     def _words(self, rank: int, dead: bool) -> str:
-        record = self.seen[rank].record
+        record = self.ranks[rank].record
         if not record:
             return f"rank {rank}: did not appear within {duration(self.timeout_s)}"
         sign = "no sign of life" if dead else "no progress"
@@ -76,16 +83,16 @@ class Monitor:
         )
 
     @property
-    def asked(self) -> bool:
+    def stop_requested(self) -> bool:
         """Whether a signal has asked any rank to save and end."""
-        return any(seen.record.get("asked") for seen in self.seen.values())
+        return any(state.record.get("stop_requested") for state in self.ranks.values())
 
     def living(self) -> list[int]:
         """Ranks that have appeared and have not said that they ended."""
-        found = {rank: read_record(self.folder / f"rank-{rank:05d}.json") or {} for rank in self.seen}
+        found = {rank: read_record(self.folder / rank_file(rank)) or {} for rank in self.ranks}
         return [rank for rank, record in found.items() if record and not record.get("ended")]
 
     def ended(self) -> set[str]:
         """How the ranks say that they have ended."""
-        found = (read_record(self.folder / f"rank-{rank:05d}.json") or {} for rank in self.seen)
+        found = (read_record(self.folder / rank_file(rank)) or {} for rank in self.ranks)
         return {str(record["ended"]) for record in found if record.get("ended")}

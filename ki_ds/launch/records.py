@@ -8,7 +8,9 @@ import os
 from pathlib import Path
 from typing import Any
 
-RECORD_BYTES = 512  # every file has this size, and is written in place: a full disk does not stop a heart
+# Every file has this size, and is written in place: a full disk does not stop a heart. A page, so that 200 characters
+# of any script fit in it.
+RECORD_BYTES = 4096
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:

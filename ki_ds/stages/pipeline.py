@@ -11,8 +11,9 @@ import torch
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.experiment.schema import Experiment
 from ki_ds.launch import distributed, heartbeat
+from ki_ds.launch.command import Launch
 from ki_ds.launch.heartbeat import Stopped
-from ki_ds.launch.launcher import Launch, launched
+from ki_ds.launch.launcher import launched
 from ki_ds.progress import duration, say
 from ki_ds.stages import STAGES
 from ki_ds.stages.stage import Refusals, Stage
@@ -144,7 +145,7 @@ def _launch(space: Workspace, launch: Launch, group: list[Stage]) -> None:
             raise Stopped
         if outcome.code == 2:
             raise StageFailed(str(group[0]), 2)
-        if outcome.asked:
+        if outcome.stop_requested:
             raise StageFailed(str(group[0]), 1)
         failed = f"{group[0]}: failed (exit code {outcome.code}); the reason stands above."
         say(f"{failed} Starting again; {again - 1} restarts are left." if again else f"{failed} Run again to continue.")

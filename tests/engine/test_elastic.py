@@ -1,25 +1,22 @@
 """A run that goes on with another number of ranks, or at another ZeRO stage.
 
-This file is its own program: under the launcher, `main` saves checkpoints as two ranks and goes on from all there are;
-the tests do the same as one rank. What a checkpoint is converted to is the same for every target, so that DeepSpeed's
-converter runs once for each.
+Two ranks save checkpoints and go on from all there are; the tests do the same as one rank. What a
+checkpoint is converted to is the same for every target, so that DeepSpeed's converter runs once for each.
 """
 
-import os
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from helpers.commands import environment
 from helpers.engines import batch, means, new_engine, weights, world  # noqa: F401
+from helpers.ranks import run_ranks
 
 from ki_ds.engine import checkpoints, universal
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.launch import distributed
-from ki_ds.launch.distributed import free_port
+
+# all runs are made before the first test
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(400)]
 
 SAVED_BY_TWO = ((0, False), (1, False), (3, False))  # ZeRO stage, whether in bf16
 SAVED_BY_ONE = ((2, True), (3, False))
@@ -91,22 +88,19 @@ def goes_on_from(root):
     return found
 
 
+def as_two(root):
+    """On each of two ranks: what was wanted by checkpoint, and what came of all checkpoints there are."""
+    wanted = {name(*case, 2): save(root / name(*case, 2), *case) for case in SAVED_BY_TWO}
+    return wanted, every(root)
+
+
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """What was wanted by checkpoint, and what came of it by (checkpoint, ZeRO stage, ranks)."""
     root = tmp_path_factory.mktemp("elastic")
     wanted = {name(*case, 1): save(root / name(*case, 1), *case) for case in SAVED_BY_ONE}
-    command = [
-        sys.executable, "-m", "deepspeed.launcher.runner", "-q", "--no_local_rank", "--num_gpus", "2",
-        "--master_port", str(free_port()), __file__, str(root),
-    ]  # fmt: skip
-    tests = str(Path(__file__).parent.parent)
-    given = {**environment(), "DS_ACCELERATOR": "cpu", "PYTHONPATH": f"{tests}:{os.environ.get('PYTHONPATH', '')}"}
-    done = subprocess.run(command, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=280)
-    assert done.returncode == 0, done.stdout[-4000:]
-    both = torch.load(root / "two.pt", weights_only=False)
-    found = both["found"] | every(root)
-    return wanted | both["wanted"], found
+    both_wanted, both_found = run_ranks(as_two, 2, root, timeout_s=280)[0]
+    return wanted | both_wanted, both_found | every(root)
 
 
 CASES = [
@@ -140,17 +134,3 @@ def test_same_ranks_and_stage_go_on_to_the_last_bit(runs):
 def test_nothing_of_the_conversion_stays(runs, tmp_path_factory):
     root = tmp_path_factory.getbasetemp()
     assert not [*root.rglob("universal-*"), *root.rglob("latest_universal")]
-
-
-def main(root):
-    distributed.init_distributed()
-    torch.set_num_threads(1)
-    wanted = {name(*case, 2): save(root / name(*case, 2), *case) for case in SAVED_BY_TWO}
-    found = every(root)
-    if distributed.rank() == 0:
-        torch.save({"wanted": wanted, "found": found}, root / "two.pt")
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

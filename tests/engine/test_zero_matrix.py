@@ -2,21 +2,20 @@
 
 Masked and causal, tied and untied; by the training loop itself: twenty steps of two micro-batches, the first half with
 a teacher on part of the rows, clipped, validated in between. Micro-batches and ranks have different numbers of targets,
-some of them none. This file is also what each of the two ranks runs.
+some of them none.
 """
 
 import gc
-import os
-import subprocess
-import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from helpers.commands import environment, metrics
+from helpers.commands import metrics
 from helpers.engines import weights, world  # noqa: F401
+from helpers.ranks import run_ranks
 
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.masking import Viewer
@@ -33,7 +32,8 @@ from ki_ds.training.batches import Batch, MicroBatch
 from ki_ds.training.loop import train
 from ki_ds.training.run import TrainRun
 
-pytestmark = pytest.mark.timeout(900)  # all runs are made before the first test
+# all runs are made before the first test
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(900)]
 
 VOCABULARY, LENGTH, K, BATCH, STEPS = 300, 12, 5, 8, 20
 MODELS = [(objective, tied) for objective in ("mlm", "clm") for tied in (True, False)]
@@ -130,31 +130,11 @@ def all_trained():
 
 
 @pytest.fixture(scope="module")
-def runs(world, tmp_path_factory):  # noqa: F811
+def runs(world):  # noqa: F811
     """By world size and (objective, tied, stage, half)."""
-    file = tmp_path_factory.mktemp("matrix") / "found.pt"
-    shared = environment() | {
-        "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(distributed.free_port()),
-        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
-    said = file.with_name("said")
-    with said.open("w") as out:
-        ranks = [
-            subprocess.Popen(
-                [sys.executable, __file__, str(file)], env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdout=out, stderr=subprocess.STDOUT,
-            )
-            for rank in range(2)
-        ]  # fmt: skip
-    try:
-        alone = all_trained()  # meanwhile
-        codes = [process.wait(timeout=800) for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert codes == [0, 0], said.read_text()
-    return {1: alone, 2: torch.load(file)}
+    with ThreadPoolExecutor(1) as beside:
+        both = beside.submit(run_ranks, all_trained, 2, timeout_s=800)
+        return {1: all_trained(), 2: both.result()[0]}
 
 
 @pytest.fixture(scope="module")
@@ -211,16 +191,3 @@ def apart(mine, theirs):
     """The difference of two models' weights, relative: root mean squares."""
     one, other = (torch.cat([weight.flatten() for weight in each]) for each in (mine, theirs))
     return float((one - other).norm() / other.norm())
-
-
-def main(path):
-    distributed.init_distributed()
-    torch.set_num_threads(1)
-    found = all_trained()
-    if distributed.rank() == 0:
-        torch.save(found, path)
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

@@ -29,10 +29,10 @@ def tiny_config(kind, objective=None, vocabulary=VOCABULARY, length=LENGTH, **mo
     )
 
 
-def tiny_model(kind, seed=0, **more):
-    config = tiny_config(kind, **more)
+def tiny_model(kind, seed=0, objective=None, **more):
+    config = tiny_config(kind, objective, **more)
     architectures.set_dropout(config, 0.0)
-    return hugging_face.new_model(config, TINY[kind][0], seed)
+    return hugging_face.new_model(config, objective or TINY[kind][0], seed)
 
 
 def batch(rows=13, seed=0, vocabulary=VOCABULARY):

@@ -1,34 +1,22 @@
 """What befalls a distributed run: ranks that die, hang or are stopped. It must end, and go on when started again."""
 
-import contextlib
 import os
 import shutil
 import signal
 import subprocess
-import time
 
 import pytest
-from helpers.commands import command, environment, ki_ds
-from helpers.faulty import Running, checkpoint, same_course, steps_done
-from helpers.two_nodes import RANK, two_nodes
+from helpers.commands import ki_ds
+from helpers.outcomes import assert_same_course, checkpoint, steps_done
+from helpers.ranks import ranks
+from helpers.running import Running
 
-from ki_ds.launch.distributed import free_port
-
-
-@pytest.fixture
-def work(undisturbed, tmp_path):
-    """A work directory as it is before the student is trained."""
-    _, done = undisturbed
-    for name in ("tokenizer", "corpora", "targets", "models"):
-        shutil.copytree(done / name, tmp_path / "work" / name)
-    shutil.rmtree(tmp_path / "work" / "models" / "s")
-    return tmp_path / "work"
+pytestmark = [pytest.mark.launch, pytest.mark.slow, pytest.mark.timeout(600)]  # two or three launches each
 
 
-def train(undisturbed, work, *options):
-    return Running(
-        work.parent / "log", "train", undisturbed[0], "--workdir", work, "--name", "s", "--processes", 2, *options
-    )
+def train(undisturbed, work, *options, processes=2):
+    arguments = ("train", undisturbed[0], "--workdir", work, "--name", "s", "--processes", processes, *options)
+    return Running(work.parent / "log", *arguments)
 
 
 def test_rank_that_is_killed_in_training(undisturbed, work):
@@ -39,7 +27,7 @@ def test_rank_that_is_killed_in_training(undisturbed, work):
         output = run.end(0)
     assert "train s: failed" in output
     assert "0 restarts are left" in output
-    same_course(work, undisturbed[1])
+    assert_same_course(work, undisturbed[1])
 
 
 def test_launcher_that_is_killed(undisturbed, work):
@@ -68,7 +56,7 @@ def test_signal_saves_and_asks_for_another_start(undisturbed, work):
     assert any(step % 25 for step in done)  # saved because it was asked for
     with train(undisturbed, work) as run:
         run.end(0)
-    same_course(work, undisturbed[1])
+    assert_same_course(work, undisturbed[1])
 
 
 def test_rank_that_hangs_is_named(undisturbed, work):
@@ -94,20 +82,31 @@ def test_rank_that_is_killed_in_teaching(undisturbed, work):
     assert [(one.name, one.read_bytes()) for one in mine] == [(one.name, one.read_bytes()) for one in theirs]
 
 
+def test_failure_of_one_rank_in_teaching_is_no_stop(undisturbed, work):
+    """The launcher then asks the others to end: the exit code is the failed rank's, and `--restarts` goes on."""
+    shutil.rmtree(work / "targets")
+    slow = ("--set", "samples_per_shard=64", "--restarts", 1)
+    with Running(work.parent / "log", "teach", undisturbed[0], "--workdir", work, "--processes", 2, *slow) as run:
+        run.until(lambda: list((work / "targets").glob("t@a/claims/*/*")))
+        os.kill(run.rank(1), signal.SIGKILL)
+        output = run.end(0)
+    assert "as asked" not in output
+    assert (work / "targets" / "t@a" / "manifest.json").exists()
+
+
 def test_other_numbers_of_ranks_go_on_with_the_same_run(undisturbed, work):
     """Two, then one, then two: the same data in the same order; sums in another order."""
     for processes, enough in ((2, 50), (1, 110)):
-        with Running(
-            work.parent / "log", "train", undisturbed[0], "--workdir", work, "--name", "s", "--processes", processes
-        ) as run:
+        with train(undisturbed, work, processes=processes) as run:
             run.until(lambda enough=enough: steps_done(work) > enough)
             os.kill(run.process.pid, signal.SIGTERM)
             run.end(75)
     with train(undisturbed, work) as run:
         assert "made by 1 ranks at ZeRO 1, converted for 2" in run.end(0)
-    same_course(work, undisturbed[1], rel=2e-4)
+    assert_same_course(work, undisturbed[1], rel=2e-4)
 
 
+@pytest.mark.root
 def test_disk_that_is_full_while_saving(undisturbed, work):
     """A real one, of a few hundred KB."""
     place = work / "models" / "s"
@@ -127,98 +126,30 @@ def test_disk_that_is_full_while_saving(undisturbed, work):
         with train(undisturbed, work) as run:
             run.end(0)
         assert before == 0 or before % 25 == 0
-        same_course(work, undisturbed[1])
+        assert_same_course(work, undisturbed[1])
     finally:
         subprocess.run(["umount", "-l", str(place)], check=True)
 
 
+PATCHED = """
+import sys
+from importlib import metadata
+real = metadata.version
+metadata.version = lambda name: "0.0.1" if name == "zstandard" else real(name)
+from ki_ds.cli.main import main
+main(sys.argv[1:])
+"""
+
+
 def test_ranks_that_differ_are_named_with_what_differs(undisturbed, work, tmp_path):
     """Another experiment file (in a number that shapes nothing) and another version of a library, on rank 1."""
-    file, _ = undisturbed
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "from importlib import metadata\nreal = metadata.version\n"
-        "metadata.version = lambda name: '0.0.1' if name == 'zstandard' else real(name)\n"
-    )
-    port = str(free_port())
-    ranks = []
-    for rank in (0, 1):
-        given = {
-            **environment(), "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port, "DS_ACCELERATOR": "cpu",
-        }  # fmt: skip
-        options = []
-        if rank:
-            given["PYTHONPATH"] = f"{tmp_path / 'site'}:{given.get('PYTHONPATH', '')}"
-            options = ["--set", "models.s.train.evaluate_every=7"]
-        program = command("worker", "train", file, "--workdir", work, "--name", "s", *options)
-        ranks.append(subprocess.Popen(program, env=given, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT))
-    outputs = [rank.communicate(timeout=150)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [2, 2], outputs
-    assert "rank 1 (host " in outputs[0]
-    assert "the version of zstandard is 0.0.1; rank 0 has" in outputs[0]
-    assert "the experiment file is" in outputs[0]
-    assert "Give every node the same files" in outputs[0]
-
-
-@contextlib.contextmanager
-def on_two_nodes(undisturbed, work, *options):
-    """(the nodes, the running command) of a training run with a rank on each."""
-    with two_nodes(work.parent) as cluster:
-        arguments = ("--workdir", work, "--name", "s", "--hostfile", cluster.hostfile, "--timeout", 0.3, *options)
-        process = cluster.start(cluster.a, command("train", undisturbed[0], *arguments))
-        try:
-            yield cluster, process
-        finally:
-            process.stdout.close()
-
-
-def until(process, reached, timeout_s=150):
-    limit = time.monotonic() + timeout_s
-    while not reached():
-        assert process.poll() is None, process.stdout.read()
-        assert time.monotonic() < limit, "never came so far"
-        time.sleep(0.02)
-
-
-def test_network_that_is_away_for_a_moment(undisturbed, work):
-    with on_two_nodes(undisturbed, work) as (cluster, process):
-        until(process, lambda: steps_done(work) > 30)
-        cluster.link(up=False)
-        time.sleep(5)
-        before = steps_done(work)
-        cluster.link(up=True)
-        output = process.stdout.read()
-        assert process.wait() == 0, output
-    assert before < 60  # it did stand still
-    same_course(work, undisturbed[1])
-
-
-def test_network_that_is_gone(undisturbed, work):
-    """An end with a word on who is missing, nothing left on either node, and the next start goes on."""
-    with on_two_nodes(undisturbed, work) as (cluster, process):
-        until(process, lambda: steps_done(work) > 30)
-        cluster.link(up=False)
-        output = process.stdout.read()
-        assert process.wait() == 1, output
-        assert "no progress for 18s; last: train s: step" in output
-        limit = time.monotonic() + 20
-        while left := [pid for node in (cluster.a, cluster.b) for pid in cluster.processes(node, RANK)]:
-            assert time.monotonic() < limit, left
-            time.sleep(0.2)
-        cluster.link(up=True)
-        again = command("train", undisturbed[0], "--workdir", work, "--name", "s", "--hostfile", cluster.hostfile)
-        cluster.run(cluster.a, again)
-    same_course(work, undisturbed[1])
-
-
-def test_failure_of_one_rank_in_teaching_is_no_stop(undisturbed, work):
-    """The launcher then asks the others to end: the exit code is the failed rank's, and `--restarts` goes on."""
-    shutil.rmtree(work / "targets")
-    slow = ("--set", "samples_per_shard=64", "--restarts", 1)
-    with Running(work.parent / "log", "teach", undisturbed[0], "--workdir", work, "--processes", 2, *slow) as run:
-        run.until(lambda: list((work / "targets").glob("t@a/claims/*/*")))
-        os.kill(run.rank(1), signal.SIGKILL)
-        output = run.end(0)
-    assert "as asked" not in output
-    assert (work / "targets" / "t@a" / "manifest.json").exists()
+    arguments = ["worker", "train", undisturbed[0], "--workdir", work, "--name", "s"]
+    changed = ["-c", PATCHED, *arguments, "--set", "models.s.train.evaluate_every=7"]
+    with ranks([["-m", "ki_ds.cli", *arguments], changed], tmp_path / "logs") as both:
+        codes = [rank.wait(150) for rank in both]
+    output = (tmp_path / "logs" / "rank-0").read_text()
+    assert codes == [2, 2], output
+    assert "rank 1 (host " in output
+    assert "the version of zstandard is 0.0.1; rank 0 has" in output
+    assert "the experiment file is" in output
+    assert "Give every node the same files" in output

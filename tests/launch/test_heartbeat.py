@@ -3,11 +3,10 @@
 import contextlib
 import os
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
+from helpers.ranks import ranks
 
 from ki_ds.launch.monitor import Monitor
 from ki_ds.launch.records import RECORD_BYTES, read_record, write_record
@@ -104,10 +103,12 @@ def test_records_have_one_size_and_writing_them_never_fails(tmp_path):
     write_record(tmp_path / "nowhere" / "rank-00000.json", {"doing": "nothing"})
 
 
+# a rank that gives signs of life and does nothing
 RANK = """
 import sys, time
 from pathlib import Path
-from ki_ds import heartbeat
+from ki_ds.launch import heartbeat
+heartbeat.PERIOD_S = 0.2
 heartbeat.start(Path(sys.argv[1]), int(sys.argv[2]), 2, 4.0, watched=sys.argv[3] == "watched")
 while True:
     heartbeat.report("work")
@@ -119,71 +120,89 @@ while True:
 
 
 @contextlib.contextmanager
-def ranks(folder, watched):
-    """Two ranks that have begun to work; nothing is left of them."""
-    found = [
-        subprocess.Popen(
-            [sys.executable, "-c", RANK, str(folder), str(rank), watched], stderr=subprocess.PIPE, text=True
-        )
-        for rank in (0, 1)
-    ]
+def started(folder, watched):
+    """Two ranks, and what each says; nothing is left of them."""
+    logs = folder / "logs"
+    with ranks([["-c", RANK, folder, rank, watched] for rank in (0, 1)], logs) as processes:
+        yield processes, lambda rank: (logs / f"rank-{rank}").read_text()
+
+
+def until_at_work(*folders, meanwhile=lambda: None):
     limit = time.monotonic() + 60
-    while not all((read_record(folder / f"rank-0000{n}.json") or {}).get("doing") == "work" for n in (0, 1)):
+    files = [folder / f"rank-0000{n}.json" for folder in folders for n in (0, 1)]
+    while not all((read_record(file) or {}).get("doing") == "work" for file in files):
         assert time.monotonic() < limit
+        meanwhile()
         time.sleep(0.05)
-    try:
+
+
+@contextlib.contextmanager
+def working(folder, watched):
+    """The same, when both have begun to work."""
+    with started(folder, watched) as found:
+        until_at_work(folder)
         yield found
-    finally:
-        for one in found:
-            one.kill()
-            one.communicate()
 
 
+@pytest.mark.launch
 def test_rank_0_watches_where_nobody_else_does(tmp_path):
-    with ranks(tmp_path, "alone") as (first, second):
+    with working(tmp_path, "alone") as ((first, second), said):
         os.kill(second.pid, signal.SIGSTOP)
         assert first.wait(60) == 1
-        assert f"process {second.pid}): no sign of life for 4s; last: work; this run stops" in first.stderr.read()
+        assert f"process {second.pid}): no sign of life for 4s; last: work; this run stops" in said(0)
         os.kill(second.pid, signal.SIGCONT)
         assert second.wait(60) == 1
 
 
+@pytest.mark.launch
 def test_what_an_earlier_run_left_is_not_taken_for_this_one(tmp_path):
     """A word to stop, a rank that had been asked to save."""
     write_record(tmp_path / "word.json", {"beat": 9, "say": "stop"})
-    with ranks(tmp_path, "alone") as both:
+    with working(tmp_path, "alone") as (both, _):
         for one in both:
             one.kill()
             one.wait()
-    write_record(tmp_path / "rank-00001.json", {"beat": 3, "asked": True, "ended": "stopped"})
+    write_record(tmp_path / "rank-00001.json", {"beat": 3, "stop_requested": True, "ended": "stopped"})
     write_record(tmp_path / "word.json", {"beat": 9, "say": "stop"})
-    with ranks(tmp_path, "alone") as both:
-        time.sleep(3)
+    with working(tmp_path, "alone") as (both, _):
+        time.sleep(2)  # ten beats
         assert [one.poll() for one in both] == [None, None]
 
 
+@pytest.mark.launch
 def test_ranks_do_as_they_are_told_and_end_when_they_hear_nothing(tmp_path):
-    monitor = Monitor(tmp_path, 2, 4.0)
-    for word, code in (("save", 75), ("stop", 1), ("", 1)):
-        folder = tmp_path / (word or "nothing")
-        monitor.folder = folder
-        with ranks(folder, "watched") as both:
-            for _ in range(4):
-                monitor.say("run")
-                time.sleep(0.2)
-            if word:
-                monitor.say(word)
-            assert [one.wait(60) for one in both] == [code, code]
-            assert ("nothing heard for 4s" in both[0].stderr.read()) == (word == "")
+    """Three runs at once, each with a word of its own, or none."""
+    told = {"save": 75, "stop": 1, "": 1}
+    monitors = {word: Monitor(tmp_path / (word or "nothing"), 2, 4.0) for word in told}
+
+    def go_on():
+        for monitor in monitors.values():
+            monitor.say("run")
+
+    with contextlib.ExitStack() as stack:
+        runs = {word: stack.enter_context(started(monitor.folder, "watched")) for word, monitor in monitors.items()}
+        until_at_work(*(monitor.folder for monitor in monitors.values()), meanwhile=go_on)
+        for word in ("save", "stop"):
+            monitors[word].say(word)
+        for word, (both, said) in runs.items():
+            assert [one.wait(60) for one in both] == [told[word]] * 2
+            assert ("nothing heard for 4s" in said(0)) == (word == "")
 
 
+@pytest.mark.launch
 def test_second_signal_ends_at_once(tmp_path):
     slow = RANK.replace("if heartbeat.asked_to_stop():", "if False:")
-    process = subprocess.Popen([sys.executable, "-c", slow, str(tmp_path), "0", "alone"])
-    while not (tmp_path / "word.json").exists():
-        time.sleep(0.05)
-    for _ in range(2):
-        assert process.poll() is None
-        process.send_signal(signal.SIGUSR1)
-        time.sleep(0.5)
-    assert process.wait(20) == 128 + signal.SIGUSR1
+    with ranks([["-c", slow, tmp_path, 0, "alone"]], tmp_path / "logs") as [process]:
+        while not (tmp_path / "word.json").exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            assert process.poll() is None
+            process.send_signal(signal.SIGUSR1)
+            time.sleep(0.5)
+        assert process.wait(20) == 128 + signal.SIGUSR1
+
+
+def test_long_words_in_any_script_can_be_read(tmp_path):
+    """Escaped, a character may take twelve bytes."""
+    write_record(tmp_path / "rank-00000.json", {"host": "h" * 64, "doing": "\U0001f680" * 200, "stop_requested": True})
+    assert read_record(tmp_path / "rank-00000.json")["doing"] == "\U0001f680" * 200

@@ -3,9 +3,11 @@
 import time
 
 import pytest
-from helpers.commands import alive, command, ki_ds
-from helpers.tiny_experiment import outcome, tiny
+from helpers.commands import alive, command
+from helpers.outcomes import outcome
 from helpers.two_nodes import RANK, two_nodes
+
+pytestmark = [pytest.mark.launch, pytest.mark.root]
 
 
 @pytest.fixture
@@ -38,14 +40,13 @@ def test_nothing_is_left_of_nodes(tmp_path):
     sleep.communicate()
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # two whole runs, four launcher processes and four ranks
-def test_two_nodes_equal_two_ranks_of_one(cluster, tmp_path):
+def test_two_nodes_equal_two_ranks_of_one(finished, cluster, tmp_path):
     """To the last bit: targets, losses, weights and perplexities."""
-    file, alone, apart = tiny(tmp_path), tmp_path / "alone", tmp_path / "apart"
+    (file, alone), apart = finished, tmp_path / "apart"
     # the shells on the way must leave what a setting says as it is
     settings = ("--set", 'models.t.train.on={"a":1.0}', "--set", 'models.s.train.on={"a": 1.0}')
-    ki_ds("run", file, "--workdir", alone, "--processes", 2, *settings)
-
     run = command("run", file, "--workdir", apart, "--hostfile", cluster.hostfile, *settings)
     process = cluster.start(cluster.a, run)
     said, ranks = "", set()

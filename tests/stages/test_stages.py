@@ -3,8 +3,7 @@
 import json
 
 import pytest
-from helpers.commands import write
-from helpers.tiny_experiment import EXPERIMENT, TEXT
+from helpers.experiments import written
 
 from ki_ds.cli.main import main
 from ki_ds.experiment.graph import load_experiment
@@ -59,8 +58,7 @@ def file(tmp_path, monkeypatch):
     """A tiny experiment, while there are seven stages."""
     monkeypatch.setattr(Count, "runs", 0)
     STAGES.append(Count)
-    (tmp_path / "a.txt").write_text(TEXT)
-    yield write(tmp_path / "e.json", EXPERIMENT)
+    yield written(tmp_path)
     STAGES.remove(Count)
 
 
@@ -97,8 +95,7 @@ def test_seventh_stage_stands_behind_what_it_reads(file):
 
 @pytest.mark.parametrize("kind", STAGES)
 def test_every_stage_makes_a_folder_that_is_told_by_its_label(kind, tmp_path):
-    (tmp_path / "a.txt").write_text(TEXT)
-    file = write(tmp_path / "e.json", EXPERIMENT)
+    file = written(tmp_path)
     space = Workspace(load_experiment(file), file, tmp_path / "work")
     made = kind.of(space.experiment)
     assert made and len({stage.folder for stage in made}) == len({stage.label for stage in made}) == len(made)

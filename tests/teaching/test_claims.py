@@ -6,7 +6,8 @@ import time
 
 import pytest
 from helpers.commands import folder_digest
-from helpers.teaching import TEACH, made, ranks
+from helpers.ranks import ranks
+from helpers.teaching import TEACH, made
 
 from ki_ds.errors import UserError
 from ki_ds.sealed import Identity, prepare
@@ -146,8 +147,8 @@ def clean(tmp_path_factory):
 
 
 def taught(file, work, of):
-    started = ranks(of, *TEACH, file, "--workdir", work, logs=work.parent / "logs")
-    return [process.wait(PATIENCE_S) for process in started]
+    with ranks([[*TEACH, file, "--workdir", work]] * of, work.parent / "logs") as started:
+        return [process.wait(PATIENCE_S) for process in started]
 
 
 def held(folder, rank):
@@ -171,28 +172,26 @@ def wait_until(true, processes):
 def test_one_rank_finishes_what_another_has_begun(clean, tmp_path, victim, number):
     file, expected = clean
     work, folder = file.parent / "work", file.parent / "work" / "targets" / "t@a"
-    processes = ranks(2, *TEACH, file, "--workdir", work, logs=tmp_path)
     other = 1 - victim
     try:
-        wait_until(lambda: any(held(folder, one) for one in (0, 1)), processes)
-        if held(folder, other):  # the other waits until the victim is in the middle of a shard, too
-            processes[other].send_signal(signal.SIGSTOP)
-        wait_until(lambda: held(folder, victim), [processes[victim]])
-        processes[victim].send_signal(signal.SIGSTOP)
-        assert len(held(folder, victim)) == 1 and len([*folder.glob("*.kit")]) < 39
-        processes[victim].send_signal(number)
-        processes[other].send_signal(signal.SIGCONT)
-        assert processes[other].wait(PATIENCE_S) == 0, (tmp_path / f"rank-{other}").read_text()
-        assert folder_digest(folder) == folder_digest(expected)
-        processes[victim].send_signal(signal.SIGCONT)
-        found = processes[victim].wait(PATIENCE_S)
-        assert found == (-signal.SIGKILL if number == signal.SIGKILL else 0), (tmp_path / f"rank-{victim}").read_text()
-        assert folder_digest(folder) == folder_digest(expected)
-        said = (tmp_path / "rank-0").read_text()
-        assert "Traceback" not in said and (victim == 0 or "640/640 sequences" in said)
+        with ranks([[*TEACH, file, "--workdir", work]] * 2, tmp_path) as processes:
+            wait_until(lambda: any(held(folder, one) for one in (0, 1)), processes)
+            if held(folder, other):  # the other waits until the victim is in the middle of a shard, too
+                processes[other].send_signal(signal.SIGSTOP)
+            wait_until(lambda: held(folder, victim), [processes[victim]])
+            processes[victim].send_signal(signal.SIGSTOP)
+            assert len(held(folder, victim)) == 1 and len([*folder.glob("*.kit")]) < 39
+            processes[victim].send_signal(number)
+            processes[other].send_signal(signal.SIGCONT)
+            assert processes[other].wait(PATIENCE_S) == 0, (tmp_path / f"rank-{other}").read_text()
+            assert folder_digest(folder) == folder_digest(expected)
+            processes[victim].send_signal(signal.SIGCONT)
+            found = processes[victim].wait(PATIENCE_S)
+            wanted = -signal.SIGKILL if number == signal.SIGKILL else 0
+            assert found == wanted, (tmp_path / f"rank-{victim}").read_text()
+            assert folder_digest(folder) == folder_digest(expected)
+            said = (tmp_path / "rank-0").read_text()
+            assert "Traceback" not in said and (victim == 0 or "640/640 sequences" in said)
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
         if folder.exists():
             folder.parent.rename(tmp_path / "targets")

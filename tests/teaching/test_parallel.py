@@ -1,34 +1,36 @@
 """Teachers cut among ranks (tensor parallel) and partitioned over ranks (ZeRO-3), by real processes."""
 
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers.commands import folder_digest
-from helpers.teaching import TEACH, made, opened, ranks
+from helpers.ranks import printed, ranks, run_ranks
+from helpers.teaching import TEACH, made, opened
 
 from ki_ds.stages.ranks import join
 from ki_ds.stages.teach import Teach
 from ki_ds.targets.manifest import open_folder
 from ki_ds.teaching import job as teach
 
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
+
 SAMPLES = 112  # seven shards, so that one of two ranks has nothing to do in the end
 OFFLOADED = {"zero_optimization": {"stage": 3, "offload_param": {"device": "cpu"}}}
 
 
-def one_rank(file, work, *settings):
-    """What a rank of the teach stage does, telling how many parameters it holds, of the backbone and of the head."""
-    space, stage = opened(Path(file), Path(work), *settings), Teach("t@a")
+def one_rank(file, work, settings):
+    """What a rank of the teach stage does; how many parameters it holds, of the backbone and of the head, and how many
+    files it has seen sealed."""
+    space, stage = opened(file, work, *settings), Teach("t@a")
     identity, device = join(stage, space)
     asked = stage.job(space, identity)
     teacher = asked.teacher(device)
     model = (teacher.predict.module if hasattr(teacher.predict, "module") else teacher.predict).model
-    print("held", *(sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head)))
+    held = tuple(sum(p.numel() for p in part.parameters()) for part in (model.backbone, model.head))
     manifest = teach.teach(space.root / stage.folder, identity, replace(asked, teacher=lambda device: teacher), device)
-    print("sealed", len(manifest.record["files"]))
+    return held, len(manifest.record["files"])
 
 
 @pytest.fixture(scope="module", params=["llama", "roberta"])
@@ -43,13 +45,10 @@ def clean(request, tmp_path_factory):
 
 def run(file, of, logs, *settings):
     """What every rank says it holds: (backbone, head)."""
-    processes = ranks(of, __file__, file, file.parent / "work", *settings, logs=logs)
-    codes = [process.wait(250) for process in processes]
-    said = [(logs / f"rank-{number}").read_text() for number in range(of)]
-    assert codes == [0] * of and all("sealed 7" in text for text in said), "\n".join(said)
-    assert not any("AutoTP:" in text for text in said)
-    held = [next(line for line in text.splitlines() if line.startswith("held")) for text in said]
-    return [tuple(int(number) for number in line.split()[1:]) for line in held]
+    found = run_ranks(one_rank, of, file, file.parent / "work", settings, logs=logs, timeout_s=250)
+    assert [sealed for _, sealed in found] == [7] * of
+    assert "AutoTP:" not in printed(logs, of)
+    return [held for held, _ in found]
 
 
 def keep(file, to):
@@ -85,13 +84,10 @@ def test_command_line_runs_a_partitioned_teacher_in_half_precision(clean, tmp_pa
     file, expected, _ = clean
     zero3 = {"zero_optimization": {"stage": 3}}
     settings = ("--set", "inference.precision=bf16", "--set", "inference.engine=" + json.dumps(zero3))
-    processes = ranks(2, *TEACH, file, "--workdir", file.parent / "work", *settings, logs=tmp_path)
-    assert [process.wait(250) for process in processes] == [0, 0], (tmp_path / "rank-0").read_text()
+    command = [*TEACH, file, "--workdir", file.parent / "work", *settings]
+    with ranks([command] * 2, tmp_path) as processes:
+        assert [process.wait(250) for process in processes] == [0, 0], printed(tmp_path, 2)
     one, two = (open_folder(folder) for folder in (expected, keep(file, tmp_path / "targets")))
     a, b = (folder.read(np.arange(SAMPLES)) for folder in (one, two))
     assert a.digests == b.digests
     assert 0 < np.abs(a.planes.scalars_Sn.astype(int) - b.planes.scalars_Sn).mean() < 3  # 1/256 nat
-
-
-if __name__ == "__main__":
-    one_rank(*sys.argv[1:])

@@ -1,33 +1,27 @@
-"""The loss on a head that ZeRO-3 partitions over two processes, against plain torch in one.
-
-This file is also what each of the two processes runs.
-"""
+"""The loss on a head that ZeRO-3 partitions over two processes, against plain torch in one."""
 
 import functools
-import os
-import subprocess
-import sys
-from pathlib import Path
+import importlib.util
 
 import pytest
 import torch
-from helpers.commands import environment
 from helpers.loss_problems import NEEDS_TRITON, problem
+from helpers.models import tiny_model
+from helpers.ranks import run_ranks
 
-from ki_ds.corpus.tokenizer import expected
 from ki_ds.launch import distributed
-from ki_ds.models import architectures, hugging_face, language_model
+from ki_ds.models import language_model
 from ki_ds.models.language_model import LanguageModel
+
+pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
 VOCABULARY, LENGTH, WORLD = 60, 10, 2
 CASES = [(True, "chunked"), (False, "chunked"), (True, "triton")]  # tied embeddings?, implementation
 
 
 def student(tied):
-    sizes = {"model_type": "gpt2", "n_embd": 16, "n_layer": 1, "n_head": 2, "tie_word_embeddings": tied}
-    config = architectures.configuration(sizes, "clm", expected(VOCABULARY, "clm"), LENGTH, "m")
-    architectures.set_dropout(config, 0.0)
-    return LanguageModel(hugging_face.new_model(config, "clm", seed=1), VOCABULARY)
+    given = {"vocabulary": VOCABULARY, "length": LENGTH, "n_layer": 1, "tie_word_embeddings": tied}
+    return LanguageModel(tiny_model("gpt2", seed=1, **given), VOCABULARY)
 
 
 def batches(rank):
@@ -87,31 +81,16 @@ def by_one_of_two(tied, impl):
         language_model.ki_loss = original
 
 
+def by_two():
+    """What a rank found, by case."""
+    cases = [case for case in CASES if case[1] != "triton" or importlib.util.find_spec("triton")]
+    return {case: by_one_of_two(*case) for case in cases}
+
+
 @pytest.fixture(scope="module")
-def both(tmp_path_factory):
+def both():
     """What rank 0 of two processes found, by case."""
-    folder = tmp_path_factory.mktemp("zero3")
-    port = str(distributed.free_port())
-    shared = environment() | {
-        "WORLD_SIZE": str(WORLD), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TRITON_INTERPRET": "1",
-        "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }  # fmt: skip
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(folder / "found.pt")],
-            env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(WORLD)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=200)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0] * WORLD, "\n".join(said)
-    return torch.load(folder / "found.pt")
+    return run_ranks(by_two, WORLD)[0]
 
 
 @pytest.mark.parametrize(("tied", "impl"), [*CASES[:2], pytest.param(*CASES[2], marks=NEEDS_TRITON)])
@@ -122,19 +101,3 @@ def test_partitioned_head_equals_one_process(both, tied, impl):
     torch.testing.assert_close(found["evaluated"], wanted["loss"], rtol=1e-6, atol=0)
     assert wanted["gradients"].keys() == found["gradients"].keys()
     torch.testing.assert_close(found["gradients"], wanted["gradients"], rtol=1e-5, atol=1e-6)
-
-
-def main(path):
-    import importlib.util
-
-    distributed.init_distributed()
-    torch.set_num_threads(1)
-    cases = [case for case in CASES if case[1] != "triton" or importlib.util.find_spec("triton")]
-    found = {case: by_one_of_two(*case) for case in cases}
-    if distributed.rank() == 0:
-        torch.save(found, path)
-    torch.distributed.destroy_process_group()
-
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]))

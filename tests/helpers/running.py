@@ -1,38 +1,17 @@
-"""A small experiment to be disturbed, and a `ki-ds run` of it that a test can watch and hurt."""
+"""A `ki-ds` command in the background, that a test can watch and hurt."""
 
 import contextlib
-import json
 import os
-import re
 import signal
 import subprocess
 import time
 from pathlib import Path
 
-import pytest
-
-from helpers.commands import alive, command, descendants, environment, metrics
-from helpers.tiny_experiment import EXPERIMENT as TINY
-from helpers.tiny_experiment import TRAIN
-
-STEPS = 200
-COURSE = ("step", "loss", "ce", "kl", "alpha", "learning_rate", "gradient_norm", "validation")
-EXPERIMENT = TINY | {
-    "name": "faults",
-    "models": {
-        "t": {"architecture": "gpt-tiny", "train": {**TRAIN, "steps": 5}},
-        "s": {
-            "architecture": "gpt-tiny",
-            "train": {**TRAIN, "steps": STEPS, "checkpoint_every": 25, "evaluate_every": 100},
-            "inherit": {"from": {"a": "t"}, "teacher_steps": 60, "targets": {"k": 16}},
-        },
-    },
-    "samples_per_shard": 8,
-}
+from helpers.commands import alive, command, descendants, environment
 
 
 class Running:
-    """A `ki-ds` command in the background."""
+    """A `ki-ds` command in the background; when this is left, nothing of it runs on."""
 
     def __init__(self, log, *arguments, timeout_s=500):
         self.log, self.limit = log, time.monotonic() + timeout_s
@@ -99,27 +78,3 @@ def command_line(pid):
         return Path(f"/proc/{pid}/cmdline").read_bytes()
     except OSError:
         return b""
-
-
-def steps_done(work):
-    """Steps of the student in the metrics."""
-    path = work / "models" / "s" / "metrics.jsonl"
-    return len(re.findall(r"\n", path.read_text())) if path.exists() else 0
-
-
-def checkpoint(work):
-    """The step of the student's last checkpoint."""
-    found = sorted((work / "models" / "s" / "checkpoints").glob("step-*/ki_ds.json"))
-    return json.loads(found[-1].read_text())["step"] if found else 0
-
-
-def same_course(one, two, rel=0.0):
-    """Whether two runs took the same course, to the last bit or to a relative difference."""
-    first, second = (metrics(work / "models" / "s") for work in (one, two))
-    assert len(first) == len(second) == STEPS
-    for mine, theirs in zip(first, second, strict=True):
-        for key in COURSE:
-            wanted = theirs.get(key)
-            if rel and wanted is not None:
-                wanted = pytest.approx(wanted, rel=rel, abs=rel)
-            assert mine.get(key) == wanted, (mine["step"], key)
