@@ -10,7 +10,7 @@ from ki_ds import sealed
 from ki_ds.errors import UserError
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.folder import ShardFolder
-from ki_ds.targets.manifest import TargetFacts, open_folder, read_facts
+from ki_ds.targets.manifest import TargetFacts, open_folder, read_facts, renamed, seal_targets
 from ki_ds.targets.shard import shard_name
 
 
@@ -127,3 +127,26 @@ def test_manifest_whose_facts_are_of_the_wrong_kind(finished, wrong):
     change(finished, facts={**FACTS, **wrong})
     with pytest.raises(UserError, match=r"manifest\.json: not the manifest of a targets folder"):
         open_folder(finished)
+
+
+def test_targets_of_the_days_when_samples_were_called_positions(finished):
+    change(finished, facts={"positions": 10, "positions_per_shard": 4, "header": HEADER.record})
+    facts, _ = read_facts(finished)
+    assert facts == TargetFacts(10, 4, HEADER)
+    assert_read(open_folder(finished), [9, 0, 5])
+
+
+def test_former_names_of_a_folder_that_was_begun():
+    assert renamed({"positions": 10, "positions_per_shard": 4}) == {"samples": 10, "samples_per_shard": 4}
+    assert renamed({"samples_per_shard": 4}) == {"samples_per_shard": 4} and renamed({}) == {}
+
+
+def test_sub_folders_are_not_part_of_targets(tmp_path):
+    sealed.prepare(tmp_path / "made", IDENTITY)
+    fill(tmp_path / "made")
+    for name in ("claims", "aside"):
+        (tmp_path / "made" / name).mkdir()
+        (tmp_path / "made" / name / "x.kit").write_bytes(b"x")
+    seal_targets(tmp_path / "made", IDENTITY, TargetFacts(10, 4, HEADER))
+    shards = ShardFolder(tmp_path / "made", 10, 4)
+    assert sorted(sealed.read_manifest(tmp_path / "made")["files"]) == [shards.name(number) for number in range(3)]
