@@ -185,12 +185,12 @@ def export(
 @app.command()
 def ask(
     file: File,
-    output: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="the questions")],
+    output: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="the teacher inputs")],
     corpus: Corpus,
     samples: Annotated[int, typer.Option(min=1, help="how far into the corpus's stream")],
     workdir: Workdir = None, scale: Scale = None, settings: Set = None,
 ) -> None:  # fmt: skip
-    """Write the inputs that a teacher elsewhere is to answer, for `import`."""
+    """Write the teacher inputs, what a teacher elsewhere is to be shown; `import` reads its answers."""
     from ki_ds.exchange.teacher_inputs import write_teacher_inputs
 
     if _output(output).suffix != ".parquet":

@@ -47,7 +47,7 @@ class Answers:
         if missing:
             listed = ", ".join(sorted(names))
             raise UserError(f"{path}: has the columns {listed}; missing: {', '.join(missing)}. `ki-ds targets ask` "
-                            "writes the questions to answer")  # fmt: skip
+                            "writes the teacher inputs to answer")  # fmt: skip
         whole, fraction = pa.types.is_integer, pa.types.is_floating
         for name, kind in {
             "sample": whole, "index": whole, "token": whole, "truth": fraction, "ids": whole, "logprobs": fraction
