@@ -114,6 +114,7 @@ def both(tmp_path_factory):
     return torch.load(folder / "found.pt")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tied", "impl"), [*CASES[:2], pytest.param(*CASES[2], marks=NEEDS_TRITON)])
 def test_partitioned_head_equals_one_process(both, tied, impl):
     """In training, over two micro-batches, and in evaluation."""
