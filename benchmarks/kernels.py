@@ -246,11 +246,11 @@ def bandwidth(case: Case, x: Inputs) -> float:
 
     size = chunked.chunk_rows(case.rows, case.vocabulary, x.hidden_ND)
     product = logits_buffer(size, case.vocabulary, x.hidden_ND).normal_()
-    rows = Rows.of(x.labels_N, x.targets, x.alpha_N, None, torch.float32).part(slice(0, size))
+    rows = Rows.of(x.labels_N, x.targets, x.alpha_N, torch.float32).part(slice(0, size))
     one, other = (torch.zeros(size * case.vocabulary, dtype=product.dtype, device="cuda") for _ in range(2))
     calls = {
         "copy": lambda: other.copy_(one),
-        "pass": lambda: chunk_loss(product, rows, case.temperature, IDENTITY, None, True),
+        "pass": lambda: chunk_loss(product, rows, case.temperature, IDENTITY, 1.0, True),
     }
     found = timed(calls, 20, "cuda")
     return found["copy"] / found["pass"]

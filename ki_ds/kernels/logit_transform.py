@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 class LogitTransform(NamedTuple):
-    """What a model makes of the head's product before the softmax."""
+    """Scale and soft cap between the head's product and the logits."""
 
     scale: float = 1.0  # Cohere's logit_scale; 1 / Granite's logits_scaling
     cap: float = 0.0  # Gemma's final_logit_softcapping; 0: none
@@ -35,7 +35,8 @@ class LogitTransform(NamedTuple):
             ValueError: a scale that is not positive, a negative cap, or an infinite one.
         """
         if not 0 < self.scale < math.inf or not 0 <= self.cap < math.inf:
-            raise ValueError(f"logits: expected a finite scale above 0 and a finite cap of 0 or more, found {self}")
+            expected = "a finite scale above 0 and a finite cap of 0 or more"
+            raise ValueError(f"logit transform: expected {expected}, found {self}")
 
 
 IDENTITY = LogitTransform()

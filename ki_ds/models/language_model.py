@@ -20,12 +20,12 @@ from ki_ds.models.partitioned import gathered, shape
 class Head(nn.Module):
     """The loss on the language-model head; it holds the (often tied) parameters, so that ZeRO-3 gathers them for it."""
 
-    def __init__(self, linear: nn.Linear, vocabulary: int, logits: LogitTransform = IDENTITY):
+    def __init__(self, linear: nn.Linear, vocabulary: int, logit_transform: LogitTransform = IDENTITY):
         super().__init__()
         self.weight = linear.weight
         self.bias = linear.bias
         self.vocabulary = vocabulary  # rows beyond it are padding that no token belongs to
-        self.logits = logits
+        self.logit_transform = logit_transform
 
     def parameters_VD(self) -> tuple[Tensor, Tensor | None]:
         """Weight and bias without padding rows."""
@@ -45,7 +45,7 @@ class Head(nn.Module):
         weight, bias = self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype)
         return ki_loss(
             hidden_ND.to(dtype), weight, bias, labels_N, targets, alpha_N, temperature,
-            vocabulary=self.vocabulary, logits=self.logits,
+            vocabulary=self.vocabulary, logit_transform=self.logit_transform,
         )  # fmt: skip
 
 
@@ -71,25 +71,25 @@ class LanguageModel(nn.Module):
         self._parent, self._name = _holder(model, linear)
         training = model.training
         self._catch = _Catch()
-        logits = None
+        logit_transform = None
         try:
             with gathered(model):
-                logits = self._logits(model.eval(), linear)
+                logit_transform = self._logit_transform(model.eval(), linear)
         finally:
             model.train(training)
-            if logits is None:
+            if logit_transform is None:
                 setattr(self._parent[0], self._name, linear)
-        if logits is None:
+        if logit_transform is None:
             raise UserError(
                 f"{place}: {type(model).__name__} changes its logits after the head by more than a scale and a "
                 "soft cap (a bias of its own, say), which is not supported"
             )
         self.backbone = model
-        self.head = Head(linear, vocabulary, logits)
+        self.head = Head(linear, vocabulary, logit_transform)
         self._linear = (linear,)  # a tuple hides it from the module tree: its parameters belong to the head
 
     @torch.no_grad()
-    def _logits(self, model: Any, linear: nn.Linear) -> LogitTransform | None:
+    def _logit_transform(self, model: Any, linear: nn.Linear) -> LogitTransform | None:
         """What the model makes of its head's product, found by trial; None: something else. The head is taken out."""
         probe = torch.arange(2, device=linear.weight.device)[None, :]
         standin = _StandIn(shape(linear.weight)[0])
@@ -100,7 +100,7 @@ class LanguageModel(nn.Module):
         product = standin.logits(standin.given)
         if not torch.equal(found, product):
             rtol = max(1e-5, 4 * torch.finfo(found.dtype).eps)
-            fitting = [form for form in _forms(model.config) if torch.allclose(found, form.of(product), rtol=rtol)]
+            fitting = [x for x in _logit_transforms(model.config) if torch.allclose(found, x.of(product), rtol=rtol)]
             setattr(self._parent[0], self._name, self._catch)
             return fitting[0] if fitting else None
         setattr(self._parent[0], self._name, nn.Identity())
@@ -149,7 +149,7 @@ class _Catch(nn.Module):
         return hidden[..., :1]
 
 
-def _forms(config: Any) -> list[LogitTransform]:
+def _logit_transforms(config: Any) -> list[LogitTransform]:
     """What a model may make of its head's product, by the names that transformers' configurations have for it."""
 
     def numbers(*names: str) -> list[float]:

@@ -48,7 +48,7 @@ class Predictor(nn.Module):
         head, codec = self.model.head, self.codec
         return select_targets(
             hidden_ND, head.weight, head.bias, labels_N, self.selection, codec.quantum, codec.temperatures, uniforms_NK,
-            vocabulary=head.vocabulary, logits=head.logits,
+            vocabulary=head.vocabulary, logit_transform=head.logit_transform,
         )  # fmt: skip
 
 

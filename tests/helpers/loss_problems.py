@@ -14,7 +14,7 @@ QUANTUM = 1 / 16
 MODES = ("renormalised", "tail", "counts")
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 # arguments of `problem`: none of what a model may have beside a plain head, and all of it
-FORMS = {"plain": {}, "everything": dict(weighted=True, padding=5, logits=LogitTransform(0.6, 4.0))}
+FORMS = {"plain": {}, "everything": dict(padding=5, logit_transform=LogitTransform(0.6, 4.0))}
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on a CPU the interpreter runs them
 LEAVES = ("hidden_ND", "weight_VD", "bias_V")
@@ -22,11 +22,11 @@ LEAVES = ("hidden_ND", "weight_VD", "bias_V")
 
 def problem(
     rows, hidden, vocabulary, k, seed, mode="renormalised", dtype=torch.float64, bias=True,
-    weighted=False, padding=0, logits=IDENTITY, device="cpu",
+    padding=0, logit_transform=IDENTITY, device="cpu",
 ):  # fmt: skip
-    """Random inputs: some rows without a label, some without a target, some partly filled, some without a tail, some
-    without weight. What must not be read is poison: entries behind a row's count, the tail and α of rows where there
-    is nothing to weigh, the weight of rows without a label. Rows of padding would take all probability."""
+    """Random inputs: some rows without a label, some without a target, some partly filled, some without a tail. What
+    must not be read is poison: entries behind a row's count, the tail and α of rows where there is nothing to weigh.
+    Rows of padding would take all probability."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.zeros(rows, k, dtype=torch.int64)
     for n in range(rows):
@@ -50,7 +50,6 @@ def problem(
 
     leaves = {"hidden_ND": leaf(rows, hidden), "weight_VD": leaf(vocabulary, hidden)}
     leaves["bias_V"] = leaf(vocabulary) if bias else None
-    weights = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) > 0.25)
     if padding:
         leaves["weight_VD"] = torch.cat([leaves["weight_VD"], 1e3 * leaf(padding, hidden)])
         leaves["bias_V"] = torch.cat([leaves["bias_V"], 1e4 + 1e3 * leaf(padding)]) if bias else None
@@ -67,9 +66,11 @@ def problem(
         ).to(device),
         alpha_N=alpha.to(dtype).masked_fill((labels < 0) | (count == 0), torch.nan).to(device),
     )
-    if weighted:
-        inputs["weights_N"] = weights.masked_fill(labels < 0, torch.nan).to(device)
-    return inputs | ({"vocabulary": vocabulary} if padding else {}) | ({} if logits == IDENTITY else {"logits": logits})
+    if padding:
+        inputs["vocabulary"] = vocabulary
+    if logit_transform != IDENTITY:
+        inputs["logit_transform"] = logit_transform
+    return inputs
 
 
 def leaves(inputs):
@@ -137,16 +138,15 @@ def quanta(value):
 def by_hand(inputs, temperature):
     """The formula, in Python floats, row by row and entry by entry: loss, ce, kl."""
     loss, ce_sum, kl_sum = 0.0, 0.0, 0.0
-    targets, form = inputs["targets"], inputs.get("logits", IDENTITY)
+    targets, transform = inputs["targets"], inputs.get("logit_transform", IDENTITY)
     vocabulary = inputs.get("vocabulary", len(inputs["weight_VD"]))
     product = (inputs["hidden_ND"] @ inputs["weight_VD"][:vocabulary].T + inputs["bias_V"][:vocabulary]).tolist()
     for n, label in enumerate(inputs["labels_N"].tolist()):
         if label < 0:
             continue
-        z = [v * form.scale for v in product[n]]
-        if form.cap:
-            z = [form.cap * math.tanh(v / form.cap) for v in z]
-        row_weight = float(inputs["weights_N"][n]) if "weights_N" in inputs else 1.0
+        z = [v * transform.scale for v in product[n]]
+        if transform.cap:
+            z = [transform.cap * math.tanh(v / transform.cap) for v in z]
         ce = math.log(sum(math.exp(v) for v in z)) - z[label]
         count = int(targets.count_N[n])
         alpha = float(inputs["alpha_N"][n]) if count else 0.0
@@ -161,7 +161,7 @@ def by_hand(inputs, temperature):
             outcomes.append(sum(math.exp(v / temperature) for i, v in enumerate(z) if i not in tokens) / total)
             weights.append(math.exp(float(targets.tail_N[n])))
         kl = sum(w / sum(weights) * math.log(w / sum(weights) / q) for w, q in zip(weights, outcomes, strict=True) if w)
-        loss += row_weight * ((1 - alpha) * ce + alpha * temperature**2 * kl)
-        ce_sum += row_weight * ce
-        kl_sum += row_weight * kl if alpha > 0 else 0
+        loss += (1 - alpha) * ce + alpha * temperature**2 * kl
+        ce_sum += ce
+        kl_sum += kl if alpha > 0 else 0
     return loss, ce_sum, kl_sum

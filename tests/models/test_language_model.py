@@ -171,7 +171,7 @@ def test_logits_that_are_scaled_or_capped_after_the_head(kind, vocabulary):
     wanted = nn.functional.cross_entropy(before.flatten(0, 1)[rows][:, :vocabulary], labels, reduction="sum")
     wanted.backward()
     taken = LanguageModel(model, vocabulary)
-    assert taken.head.logits == form
+    assert taken.head.logit_transform == form
     result = taken(ids, rows, labels)
     torch.testing.assert_close(result.loss, wanted, rtol=1e-6, atol=0)  # a model may cap in fp32
     result.loss.backward()
@@ -185,7 +185,7 @@ def test_logits_that_are_scaled_or_capped_after_the_head(kind, vocabulary):
 def test_a_change_after_the_head_is_found_in_half_precision(kind):
     more, form = CHANGED[kind]
     model = hugging_face.new_model(tiny_config(kind, "clm", **more), "clm", 0).to(torch.bfloat16)
-    assert LanguageModel(model, VOCABULARY).head.logits == form
+    assert LanguageModel(model, VOCABULARY).head.logit_transform == form
 
 
 def test_hidden_states_are_not_held_between_steps():

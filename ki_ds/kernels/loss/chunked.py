@@ -1,15 +1,28 @@
 """The knowledge-inheritance loss by chunks of rows: no [N, V] tensor of the whole batch, any device torch runs on.
 
-Definition and letters as in `reference.py`. The gradient of the logits is written over the chunk's own logits,
+Definition as in `reference.py`. The gradient of the logits z, of which x is the product before its transform,
 
-    dloss/dz = w [(1 - α)(softmax(z) - onehot(label)) + α τ (softmax(z / τ) - scatter(p))]          (τ² · 1/τ = τ)
+    dloss/dz = w_ce (softmax(z) - onehot(label)) + w_kl (softmax(z / τ) - scatter(p))
+    dloss/dz = w_ce (softmax(z) - onehot(label)) + w_kl softmax(z / τ) (1 - p_tail / q_rest)   with a tail, for the rest
 
-and, with a tail, softmax(z / τ)_v (1 - p_tail / Σ_{u not kept} softmax(z / τ)_u) for the ids v that are not kept,
-and reduced at once to the gradients of hidden states, weight and bias, all accumulated in fp32 (or wider), so that the
-backward pass only multiplies by the incoming scale. Reads fp16, bf16, fp32 or fp64; never writes its inputs.
+is written over the chunk's own product, and reduced at once to the gradients of hidden states, weight and bias, all
+accumulated in fp32 (or wider), so that the backward pass only multiplies by the incoming scale. Reads fp16, bf16, fp32
+or fp64; never writes its inputs.
+
+N rows, D hidden size, V vocabulary, K kept ids. _t: at the temperature τ, else at 1.
+
+    kept, rest         the ids that a row's target names (α > 0), and all others; without a target all are rest
+    kept_max, rest_max, row_max                  the largest logit of the kept ids, of the rest, and of both
+    kept_down, rest_down                         kept_max - row_max, rest_max - row_max
+    kept_total[_t], rest_total[_t]               Σ exp((z - kept_max) / τ) over the kept ids, and the rest's alike
+    lse[_t]            log Σ_v exp((z_v - row_max) / τ) of the whole row: a row's common offset costs no digit
+    logp, logq         the teacher's and the student's log-probabilities at τ; logq_rest: of the rest as one outcome
+    excess             q_rest - p_tail; without a tail p_tail = 0
+    factor             gain · dz/dx where that is the scale alone; under a cap, gain
+    w_ce, w_kl         factor (1 - α) and factor α τ  (τ² · 1/τ = τ); both 0 without a label
 
 The driver is shared with the Triton kernels; `eager_chunk_loss` is what torch alone makes of a chunk. The kept ids are
-taken out of the logits first, so that what remains is summed without cancellation however sure the student is.
+taken out of the logits first, so that the rest is summed without cancellation however sure the student is.
 """
 
 from __future__ import annotations
@@ -30,8 +43,8 @@ CACHE_BYTES = 1 << 20  # of the logits that a core works on at a time
 LEAST_ROWS, MOST_ROWS = 2048, 4096  # of a chunk on a GPU: the weight gradient's traffic hides behind products
 HALF_RANGE = 14  # gradients of the logits reach up to 2^14 in fp16, so that 38 bits are left below the largest
 
-# (product [n, V], rows, τ, logits, gain | None, with gradient?) -> [3] loss, ce, kl; the gradient ends in the product
-ChunkLoss = Callable[[Tensor, Rows, float, LogitTransform, "Tensor | None", bool], Tensor]
+# (product_NV, rows, τ, logit transform, gain, with gradient?) -> [3] loss, ce, kl; the gradient ends in the product
+ChunkLoss = Callable[[Tensor, Rows, float, LogitTransform, float, bool], Tensor]
 
 
 def chunk_rows(rows: int, vocabulary: int, hidden: Tensor) -> int:
@@ -52,12 +65,12 @@ def ki_loss_chunked(
     rows: Rows,
     temperature: float,
     vocabulary: int | None,
-    logits: LogitTransform,
+    logit_transform: LogitTransform,
     chunk_loss: ChunkLoss | None = None,
 ) -> KILoss:
     """Chunk by chunk; arguments as in `ki_ds.kernels.ki_loss`."""
     differentiate = torch.is_grad_enabled()  # inside `forward` it is always off
-    how = (rows, temperature, vocabulary, logits, chunk_loss or eager_chunk_loss, differentiate)
+    how = (rows, temperature, vocabulary, logit_transform, chunk_loss or eager_chunk_loss, differentiate)
     return KILoss(*_Chunked.apply(hidden_ND, weight_VD, bias_V, *how))
 
 
@@ -65,46 +78,48 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
+        hidden_ND: Tensor,
+        weight_VD: Tensor,
+        bias_V: Tensor | None,
         rows: Rows,
         temperature: float,
         vocabulary: int | None,
-        logits: LogitTransform,
+        logit_transform: LogitTransform,
         chunk_loss: ChunkLoss,
         differentiate: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        wide = rows.weights_N.dtype
-        used, used_bias = head(weight, bias, vocabulary)
+        wide = rows.alpha_N.dtype
+        count, (used_VD, used_bias_V) = len(hidden_ND), head(weight_VD, bias_V, vocabulary)
+        inputs = (hidden_ND, weight_VD, bias_V)
         wanted = [differentiate and needed for needed in ctx.needs_input_grad[:3]]
-        grad_hidden, grad_weight, grad_bias = (
+        grad_hidden_ND, grad_weight_VD, grad_bias_V = (
             torch.empty(x.shape, dtype=wide, device=x.device) if x is not None and want else None
-            for x, want in zip((hidden, weight, bias), wanted, strict=True)
+            for x, want in zip(inputs, wanted, strict=True)
         )
-        for gradient in (grad_weight, grad_bias):
+        used = len(used_VD)
+        for gradient in (grad_weight_VD, grad_bias_V):
             if gradient is not None:  # padding rows, or all where there is no chunk
-                gradient[len(used) if len(hidden) else 0 :] = 0
-        gain = half_gain(rows, temperature, logits) if hidden.dtype == torch.float16 and any(wanted) else None
-        size = chunk_rows(len(hidden), len(used), hidden)
-        buffer = logits_buffer(min(size, len(hidden)), len(used), hidden)
-        sums = torch.zeros(3, dtype=wide, device=hidden.device)
-        for start in range(0, len(hidden), size):
-            part = hidden[start : start + size]
-            product = buffer[: len(part)]
-            multiply(part, used, used_bias, product)
-            here = slice(start, start + len(part))
-            sums += chunk_loss(product, rows.part(here), temperature, logits, gain, any(wanted))
-            # `product` now holds the gradient
-            if grad_hidden is not None:
-                add_product(grad_hidden[here], product, used, first=True)
-            if grad_weight is not None:
-                add_product(grad_weight[: len(used)], product.T, part, first=start == 0)
-            if grad_bias is not None:
-                total = product.sum(dim=0, dtype=wide)
-                grad_bias[: len(used)] = total if start == 0 else grad_bias[: len(used)] + total
-        ctx.save_for_backward(grad_hidden, grad_weight, grad_bias, gain)
-        ctx.dtypes = (hidden.dtype, weight.dtype, None if bias is None else bias.dtype)
+                gradient[used if count else 0 :] = 0
+        gain = half_gain(temperature, logit_transform) if hidden_ND.dtype == torch.float16 and any(wanted) else 1.0
+        size = chunk_rows(count, used, hidden_ND)
+        buffer_NV = logits_buffer(min(size, count), used, hidden_ND)
+        sums = torch.zeros(3, dtype=wide, device=hidden_ND.device)
+        for start in range(0, count, size):
+            here = slice(start, min(start + size, count))
+            part_ND = hidden_ND[here]
+            product_NV = buffer_NV[: len(part_ND)]
+            multiply(part_ND, used_VD, used_bias_V, product_NV)
+            sums += chunk_loss(product_NV, rows.part(here), temperature, logit_transform, gain, any(wanted))
+            # the product now holds the gradient
+            if grad_hidden_ND is not None:
+                add_product(grad_hidden_ND[here], product_NV, used_VD, first=True)
+            if grad_weight_VD is not None:
+                add_product(grad_weight_VD[:used], product_NV.T, part_ND, first=start == 0)
+            if grad_bias_V is not None:
+                total_V = product_NV.sum(dim=0, dtype=wide)
+                grad_bias_V[:used] = total_V if start == 0 else grad_bias_V[:used] + total_V
+        ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
+        ctx.gain, ctx.dtypes = gain, tuple(None if x is None else x.dtype for x in inputs)
         loss, ce, kl = (x.clone() for x in sums)  # a view could not be changed in place
         ctx.mark_non_differentiable(ce, kl)
         return loss, ce, kl
@@ -113,130 +128,131 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: what comes out would count as constant
             raise RuntimeError('ki_loss has no second derivative here; impl="reference" has')
-        *gradients, gain = ctx.saved_tensors
-        scale = grad_loss if gain is None else grad_loss / gain
+        scale = grad_loss / ctx.gain
         scaled = [
             None if x is None else torch.mul(x, scale, out=torch.empty_like(x, dtype=dtype))
-            for x, dtype in zip(gradients, ctx.dtypes, strict=True)
+            for x, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
         ]
         return (*scaled, None, None, None, None, None, None)
 
 
-def half_gain(rows: Rows, temperature: float, logits: LogitTransform) -> Tensor:
+def half_gain(temperature: float, logit_transform: LogitTransform) -> float:
     """The power of two that brings the logits' gradients into the range of fp16, whatever the loss scale is later."""
-    largest = rows.weights_N.abs().amax() if len(rows.weights_N) else rows.weights_N.new_ones(())
-    bound = (largest * max(temperature, 1.0) * logits.scale).clamp(min=2.0**-40)
-    return torch.exp2(HALF_RANGE - torch.ceil(torch.log2(bound)))
+    bound = max(max(temperature, 1.0) * logit_transform.scale, 2.0**-40)
+    return 2.0 ** (HALF_RANGE - math.ceil(math.log2(bound)))
 
 
 def eager_chunk_loss(
-    product: Tensor, rows: Rows, temperature: float, form: LogitTransform, gain: Tensor | None, gradient: bool
+    product_NV: Tensor, rows: Rows, temperature: float, logit_transform: LogitTransform, gain: float, gradient: bool
 ) -> Tensor:
     """[3]: the sums of loss, CE and KL over a chunk; with `gradient`, dloss/dproduct · gain overwrites the product."""
-    labels, weights, alpha, targets = rows
-    logits = form.of(product.to(weights.dtype))
-    slope = form.slope(logits) if gradient else None
-    factor = (1.0 if form.cap else form.scale) * (1.0 if gain is None else gain)
-    push, pull = weights * (1 - alpha) * factor, weights * alpha * (temperature * factor)
-    index = labels.clamp(min=0)[:, None]
-    label_logit = logits.gather(1, index).squeeze(1)
+    labels_N, alpha_N, targets = rows
+    labelled_N = labels_N >= 0
+    z_NV = logit_transform.of(product_NV.to(alpha_N.dtype))
+    slope_NV = logit_transform.slope(z_NV) if gradient else None
+    factor = gain * (1.0 if logit_transform.cap else logit_transform.scale)
+    w_ce_N, w_kl_N = (1 - alpha_N) * labelled_N * factor, alpha_N * (temperature * factor)
+    index_N1 = labels_N.clamp(min=0)[:, None]
+    z_label_N = z_NV.gather(1, index_N1).squeeze(1)
     if targets is None:
-        most, lse = _sum_out(logits, push, gradient)
-        kl = torch.zeros_like(lse)
+        row_max_N, lse_N = _softmax_out(z_NV, w_ce_N, gradient)
+        kl_N = torch.zeros_like(lse_N)
     else:
-        kept, ids = targets.kept() & (alpha > 0)[:, None], targets.ids()
-        logp, tail = targets.log_probabilities(temperature, logits.dtype)
-        z = logits.gather(1, ids).masked_fill_(~kept, -torch.inf)
+        kept_NK, ids_NK = targets.kept() & (alpha_N > 0)[:, None], targets.ids()
+        logp_NK, logp_tail_N = targets.log_probabilities(temperature, z_NV.dtype)
+        z_NK = z_NV.gather(1, ids_NK).masked_fill_(~kept_NK, -torch.inf)
         # where an entry does not hold, nothing is added to the id 0 that it points at
-        logits.scatter_add_(1, ids, torch.zeros_like(z).masked_fill_(kept, -torch.inf))
-        most, lse, lse_t, rest_t = _sums_out(logits, z, push, pull, tail, temperature, gradient)
-        z -= most[:, None]
-        logq = z / temperature - lse_t[:, None]
-        kl = divergence(logp, logq, kept)
-        if tail is not None:
-            kl += divergence(tail, rest_t - lse_t, torch.isfinite(tail))
-        kl *= alpha > 0
+        z_NV.scatter_add_(1, ids_NK, torch.zeros_like(z_NK).masked_fill_(kept_NK, -torch.inf))
+        row_max_N, lse_N, lse_t_N, logq_rest_N = _rest_out(
+            z_NV, z_NK, w_ce_N, w_kl_N, logp_tail_N, temperature, gradient
+        )
+        z_NK -= row_max_N[:, None]
+        logq_NK = z_NK / temperature - lse_t_N[:, None]
+        kl_N = divergence(logp_NK, logq_NK, kept_NK)
+        if logp_tail_N is not None:
+            kl_N += divergence(logp_tail_N, logq_rest_N, torch.isfinite(logp_tail_N))
+        kl_N *= alpha_N > 0
         if gradient:
-            at_kept = push[:, None] * (z - lse[:, None]).exp() + pull[:, None] * (logq.exp() - logp.exp())
-            logits.scatter_add_(1, ids, at_kept.masked_fill_(~kept, 0))
+            at_kept_NK = w_ce_N[:, None] * (z_NK - lse_N[:, None]).exp()
+            at_kept_NK += w_kl_N[:, None] * (logq_NK.exp() - logp_NK.exp())
+            z_NV.scatter_add_(1, ids_NK, at_kept_NK.masked_fill_(~kept_NK, 0))
     if gradient:
-        logits.scatter_add_(1, index, -push[:, None])
-        product.copy_(logits if slope is None else logits.mul_(slope))
-    ce = torch.where(labels >= 0, (most - label_logit) + lse, 0)
-    each = weights * torch.stack([(1 - alpha) * ce + alpha * temperature**2 * kl, ce, kl])
-    return each.sum(dim=1)
+        z_NV.scatter_add_(1, index_N1, -w_ce_N[:, None])
+        product_NV.copy_(z_NV if slope_NV is None else z_NV.mul_(slope_NV))
+    ce_N = torch.where(labelled_N, (row_max_N - z_label_N) + lse_N, 0)
+    return torch.stack([(1 - alpha_N) * ce_N + alpha_N * temperature**2 * kl_N, ce_N, kl_N]).sum(dim=1)
 
 
-def _blocks(logits: Tensor) -> list[slice]:
+def _blocks(z_NV: Tensor) -> list[slice]:
     """Runs of rows that a CPU's caches hold from one operation to the next."""
-    cached = CACHE_BYTES * torch.get_num_threads() // (logits.shape[1] * logits.itemsize)
-    size = max(len(logits) if logits.is_cuda else cached, 1)
-    return [slice(start, start + size) for start in range(0, len(logits), size)]
+    cached = CACHE_BYTES * torch.get_num_threads() // (z_NV.shape[1] * z_NV.itemsize)
+    size = max(len(z_NV) if z_NV.is_cuda else cached, 1)
+    return [slice(start, start + size) for start in range(0, len(z_NV), size)]
 
 
-def _sum_out(logits: Tensor, push: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
-    """[n] the largest of the rows, and their log-sum-exp less that; with `gradient`, push · softmax overwrites them."""
-    most, lse = torch.empty_like(push), torch.empty_like(push)
-    for here in _blocks(logits):
-        block = logits[here]
-        top = block.amax(dim=1, keepdim=True)
-        total = block.sub_(top).exp_().sum(dim=1)
-        most[here], lse[here] = top.squeeze(1), total.log()
+def _softmax_out(z_NV: Tensor, w_ce_N: Tensor, gradient: bool) -> tuple[Tensor, Tensor]:
+    """row_max_N and lse_N; with `gradient`, w_ce · softmax(z) overwrites the logits."""
+    row_max_N, lse_N = torch.empty_like(w_ce_N), torch.empty_like(w_ce_N)
+    for here in _blocks(z_NV):
+        block_NV = z_NV[here]
+        max_N1 = block_NV.amax(dim=1, keepdim=True)
+        total_N = block_NV.sub_(max_N1).exp_().sum(dim=1)
+        row_max_N[here], lse_N[here] = max_N1.squeeze(1), total_N.log()
         if gradient:
-            block *= (push[here] / total)[:, None]
-    return most, lse
+            block_NV *= (w_ce_N[here] / total_N)[:, None]
+    return row_max_N, lse_N
 
 
-def _sums_out(
-    logits: Tensor,
-    z_kept: Tensor,
-    push: Tensor,
-    pull: Tensor,
-    tail: Tensor | None,
+def _rest_out(
+    rest_NV: Tensor,
+    kept_NK: Tensor,
+    w_ce_N: Tensor,
+    w_kl_N: Tensor,
+    logp_tail_N: Tensor | None,
     temperature: float,
     gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """[n] the largest logit; log-sum-exps at 1 and at τ of whole rows, and at τ of the ids that are not kept, all
-    relative to it, so that a row's common offset costs no digit. `logits` are those of the ids that are not kept.
+    """row_max_N, lse_N, lse_t_N and logq_rest_N, from the rest's logits and the kept ids', -inf where there is none.
 
-    With `gradient`, push · softmax(z) + pull · softmax(z / τ) · (1 - p_tail / rest) overwrites these logits.
+    With `gradient`, w_ce · softmax(z) + w_kl · softmax(z / τ) · (1 - p_tail / q_rest) overwrites the rest's logits.
     """
-    lowest = torch.finfo(logits.dtype).min
-    most, lse, lse_t, rest_t = (torch.empty_like(push) for _ in range(4))
-    top_k = z_kept.amax(dim=1).clamp_(min=lowest)
-    z_kept = z_kept - top_k[:, None]
-    total_k, total_k_t = z_kept.exp().sum(dim=1), (z_kept / temperature).exp_().sum(dim=1)
-    blocks = _blocks(logits)
-    scratch = torch.empty_like(logits[blocks[0]]) if temperature != 1 else logits
+    lowest = torch.finfo(rest_NV.dtype).min
+    row_max_N, lse_N, lse_t_N, logq_rest_N = (torch.empty_like(w_ce_N) for _ in range(4))
+    kept_max_N = kept_NK.amax(dim=1).clamp_(min=lowest)
+    kept_NK = kept_NK - kept_max_N[:, None]
+    kept_total_N, kept_total_t_N = kept_NK.exp().sum(dim=1), (kept_NK / temperature).exp_().sum(dim=1)
+    blocks = _blocks(rest_NV)
+    scratch_NV = torch.empty_like(rest_NV[blocks[0]]) if temperature != 1 else rest_NV
     for here in blocks:
-        block = logits[here]  # at 1
-        other = scratch[: len(block)] if temperature != 1 else block  # at τ
-        top = block.amax(dim=1).clamp_(min=lowest)  # finite where every id is kept
-        block -= top[:, None]
+        block = rest_NV[here]  # [n, V], at 1
+        block_t = scratch_NV[: len(block)] if temperature != 1 else block  # at τ
+        rest_max, kept_max = block.amax(dim=1).clamp_(min=lowest), kept_max_N[here]  # finite where every id is kept
+        block -= rest_max[:, None]
         if temperature == 2:  # the square of an exponential is cheaper than another one
-            other = block.mul_(0.5).exp_()
-            total = torch.linalg.vecdot(block, block)
+            block_t = block.mul_(0.5).exp_()
+            rest_total = torch.linalg.vecdot(block, block)
         else:
             if temperature != 1:
-                torch.mul(block, 1 / temperature, out=other).exp_()
-            total = block.exp_().sum(dim=1)
-        total_t = other.sum(dim=1)
-        most[here] = largest = torch.maximum(top, top_k[here])
-        down, down_k = top - largest, top_k[here] - largest
-        lse[here] = (total * down.exp() + total_k[here] * down_k.exp()).log()
-        lse_t[here] = (total_t * (down / temperature).exp() + total_k_t[here] * (down_k / temperature).exp()).log()
-        rest_t[here] = rest = down / temperature + total_t.log()
+                torch.mul(block, 1 / temperature, out=block_t).exp_()
+            rest_total = block.exp_().sum(dim=1)
+        rest_total_t = block_t.sum(dim=1)
+        row_max_N[here] = row_max = torch.maximum(rest_max, kept_max)
+        rest_down, kept_down = rest_max - row_max, kept_max - row_max
+        lse_N[here] = lse = (rest_total * rest_down.exp() + kept_total_N[here] * kept_down.exp()).log()
+        rest_t, kept_t = (rest_down / temperature).exp(), (kept_down / temperature).exp()
+        lse_t_N[here] = lse_t = (rest_total_t * rest_t + kept_total_t_N[here] * kept_t).log()
+        logq_rest_N[here] = logq_rest = rest_down / temperature + rest_total_t.log() - lse_t
         if not gradient:
             continue
-        share = (rest - lse_t[here]).exp()  # of the student's probability
-        if tail is not None:
-            share -= tail[here].exp()
-        a = (push[here] * (down - lse[here]).exp())[:, None]
-        b = torch.where(total_t > 0, pull[here] * share / total_t, 0)[:, None]
+        excess = logq_rest.exp()
+        if logp_tail_N is not None:
+            excess -= logp_tail_N[here].exp()
+        a = (w_ce_N[here] * (rest_down - lse).exp())[:, None]
+        b = torch.where(rest_total_t > 0, w_kl_N[here] * excess / rest_total_t, 0)[:, None]
         if temperature == 1:
             block *= a + b
         elif temperature == 2:
-            block *= torch.mul(block, a, out=scratch[: len(block)]).add_(b)
+            block *= torch.mul(block, a, out=scratch_NV[: len(block)]).add_(b)
         else:
-            block.mul_(a).add_(other.mul_(b))
-    return most, lse, lse_t, rest_t
+            block.mul_(a).add_(block_t.mul_(b))
+    return row_max_N, lse_N, lse_t_N, logq_rest_N

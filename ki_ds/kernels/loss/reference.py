@@ -2,11 +2,11 @@
 
 N rows, D hidden size, V vocabulary, K kept ids.
 
-    z_NV   = hidden_ND · weight_VDᵀ + bias_V, scaled and capped as `logits.py` says
+    z_NV   = hidden_ND · weight_VDᵀ + bias_V, scaled and capped as `logit_transform.py` says
     CE_n   = -log softmax(z_n)[label_n]
     q_n    = softmax(z_n / τ)
     KL_n   = Σ_k p_nk (log p_nk - log q_n[id_nk])  + with a tail: p_n,tail (log p_n,tail - log Σ_{v not kept} q_nv)
-    loss   = Σ_n w_n [(1 - α_n) CE_n + α_n τ² KL_n]  over the rows with label ≥ 0; α_n counts as 0 without a target
+    loss   = Σ_n [(1 - α_n) CE_n + α_n τ² KL_n]  over the rows with label ≥ 0; α_n counts as 0 without a target
 
 Everything faster is compared with this file.
 """
@@ -23,7 +23,7 @@ from ki_ds.kernels.packed import PackedTargets
 
 
 class KILoss(NamedTuple):
-    """Sums over rows by their weights, in nats; only `loss` carries a gradient."""
+    """Sums over rows, in nats; only `loss` carries a gradient."""
 
     loss: Tensor
     ce: Tensor  # over all rows with a label
@@ -34,7 +34,6 @@ class Rows(NamedTuple):
     """What the loss makes of its rows, beside their logits."""
 
     labels_N: Tensor  # int64; negative: left out
-    weights_N: Tensor  # 0 without a label
     alpha_N: Tensor  # 0 without a label or without a target
     targets: PackedTargets | None  # None: no row has one
 
@@ -44,21 +43,19 @@ class Rows(NamedTuple):
         labels_N: Tensor,
         targets: PackedTargets | None,
         alpha_N: Tensor | None,
-        weights_N: Tensor | None,
         dtype: torch.dtype,
     ) -> Rows:
         """From the arguments of `ki_loss`; what does not count is not looked at and may hold anything."""
         labelled = labels_N >= 0
-        weights = labelled.to(dtype) if weights_N is None else torch.where(labelled, weights_N.to(dtype), 0)
         if targets is None or alpha_N is None or not targets.ids_NK.shape[1]:
-            return cls(labels_N, weights, torch.zeros_like(weights), None)
+            return cls(labels_N, torch.zeros_like(labels_N, dtype=dtype), None)
         alpha = torch.where(labelled & (targets.count_N > 0), alpha_N.to(dtype), 0)
-        return cls(labels_N, weights, alpha, targets)
+        return cls(labels_N, alpha, targets)
 
     def part(self, rows: slice) -> Rows:
         """A run of rows, without copying."""
         targets = None if self.targets is None else self.targets.rows(rows)
-        return Rows(self.labels_N[rows], self.weights_N[rows], self.alpha_N[rows], targets)
+        return Rows(self.labels_N[rows], self.alpha_N[rows], targets)
 
 
 def kept_ids(targets: PackedTargets, vocabulary: int) -> Tensor:
@@ -81,14 +78,14 @@ def ki_loss_reference(
     rows: Rows,
     temperature: float,
     vocabulary: int | None,
-    logits: LogitTransform,
+    logit_transform: LogitTransform,
 ) -> KILoss:
     """The definition; arguments as in `ki_ds.kernels.ki_loss`."""
     z_NV = torch.nn.functional.linear(hidden_ND, *head(weight_VD, bias_V, vocabulary))
     if z_NV.dtype in (torch.float16, torch.bfloat16):
         z_NV = z_NV.float()
-    z_NV = logits.of(z_NV)
-    labels_N, weights_N, alpha_N, targets = rows
+    z_NV = logit_transform.of(z_NV)
+    labels_N, alpha_N, targets = rows
     ce_N = -z_NV.log_softmax(dim=1).gather(1, labels_N.clamp(min=0)[:, None]).squeeze(1) * (labels_N >= 0)
     kl_N = torch.zeros_like(ce_N)
     if targets is not None:
@@ -99,5 +96,5 @@ def ki_loss_reference(
             rest_N = logq_NV.masked_fill(kept_ids(targets, logq_NV.shape[1]), -torch.inf).logsumexp(dim=1)
             kl_N = kl_N + divergence(tail_N, rest_N, torch.isfinite(tail_N))
         kl_N = torch.where(alpha_N > 0, kl_N, 0)
-    loss = (weights_N * ((1 - alpha_N) * ce_N + alpha_N * temperature**2 * kl_N)).sum()
-    return KILoss(loss, (weights_N * ce_N).sum().detach(), (weights_N * kl_N).sum().detach())
+    loss = ((1 - alpha_N) * ce_N + alpha_N * temperature**2 * kl_N).sum()
+    return KILoss(loss, ce_N.sum().detach(), kl_N.sum().detach())

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ki_ds.kernels.dispatch import choose
+from ki_ds.kernels.dispatch import Impl, choose
 from ki_ds.kernels.logit_transform import IDENTITY, LogitTransform, head, logits_buffer, multiply
 from ki_ds.kernels.select.pack import Predictions, Selected, pack
 from ki_ds.targets.quanta import LARGEST
@@ -44,8 +44,8 @@ def select_targets(
     uniforms_NK: Tensor | None = None,
     *,
     vocabulary: int | None = None,
-    logits: LogitTransform = IDENTITY,
-    impl: str = "auto",
+    logit_transform: LogitTransform = IDENTITY,
+    impl: Impl = "auto",
 ) -> Predictions:
     """What is kept of a model's predictions, packed.
 
@@ -57,7 +57,7 @@ def select_targets(
         temperatures: where the tail's weight and the distortion are wanted, beside 1.
         uniforms_NK: float64 in [0, 1), one for each draw; for `sampled` only.
         vocabulary: rows of the head that tokens belong to; None: all.
-        logits: what the model makes of the head's product.
+        logit_transform: what the model makes of the head's product.
         impl: `reference` (all logits at once), `chunked`, `triton` (its kernel serves top_k and top_p; draws are the
             chunked ones, on the device), or `auto`.
 
@@ -70,10 +70,10 @@ def select_targets(
     weight_VD, bias_V = head(weight_VD, bias_V, vocabulary)
     rows, vocabulary = len(hidden_ND), len(weight_VD)
     _check(hidden_ND, weight_VD, bias_V, labels_N, selection, quantum, temperatures, uniforms_NK)
-    logits.check()
-    impl = choose("select_targets", impl, hidden_ND)
+    logit_transform.check()
+    how = choose("select_targets", impl, hidden_ND.device, hidden_ND.dtype)
     temperatures = sorted({1.0, *temperatures})
-    at_once = rows if impl == "reference" else LOGIT_BYTES[impl] // (vocabulary * hidden_ND.itemsize)
+    at_once = rows if how == "reference" else LOGIT_BYTES[how] // (vocabulary * hidden_ND.itemsize)
     parts: list[Selected] = []
     with torch.no_grad(), torch.autocast(hidden_ND.device.type, enabled=False):
         buffer_NV = logits_buffer(min(rows, max(at_once, 1)), vocabulary, hidden_ND)
@@ -81,11 +81,11 @@ def select_targets(
             labels, uniforms = labels_N[chunk], None if uniforms_NK is None else uniforms_NK[chunk]
             product_NV = buffer_NV[: len(labels)]
             multiply(hidden_ND[chunk], weight_VD, bias_V, product_NV)
-            if impl == "triton" and not selection.counts:
-                parts.append(_select_triton(product_NV, labels, selection, temperatures, logits))
+            if how == "triton" and not selection.counts:
+                parts.append(_select_triton(product_NV, labels, selection, temperatures, logit_transform))
                 continue
-            for here in _slices(len(labels), _eager_rows(impl, vocabulary, selection, hidden_ND)):
-                part, drawn = logits.of(product_NV[here].float()), None if uniforms is None else uniforms[here]
+            for here in _slices(len(labels), _eager_rows(how, vocabulary, selection, hidden_ND)):
+                part, drawn = logit_transform.of(product_NV[here].float()), None if uniforms is None else uniforms[here]
                 parts.append(select(part, labels[here], selection, temperatures, drawn))
         return pack(_joined(parts), min(selection.k, vocabulary), quantum, temperatures, vocabulary > 1 << 16)
 
@@ -177,13 +177,18 @@ def select(
 
 
 def _select_triton(
-    product_NV: Tensor, labels_N: Tensor, selection: Selection, temperatures: Sequence[float], logits: LogitTransform
+    product_NV: Tensor,
+    labels_N: Tensor,
+    selection: Selection,
+    temperatures: Sequence[float],
+    logit_transform: LogitTransform,
 ) -> Selected:
     """The same, of the head's product in a `logits_buffer`."""
     from ki_ds.kernels.select.triton_select import largest
 
-    ids_NK, kept_NK, rest_NT = largest(product_NV, min(selection.k, product_NV.shape[1]), temperatures, logits)
-    truth_N = logits.of(_of_label(product_NV, labels_N).float())
+    k = min(selection.k, product_NV.shape[1])
+    ids_NK, kept_NK, rest_NT = largest(product_NV, k, temperatures, logit_transform)
+    truth_N = logit_transform.of(_of_label(product_NV, labels_N).float())
     return _selected(ids_NK.long(), kept_NK, rest_NT, truth_N, selection, temperatures)
 
 

@@ -27,8 +27,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ki_ds.kernels.device import soft_capped
 from ki_ds.kernels.logit_transform import LogitTransform
-from ki_ds.kernels.loss.triton_loss import soft_capped
 
 LANES = 4096
 TILE = 1024  # columns whose exponentials are summed at once
@@ -161,7 +161,7 @@ def tile(temperatures: int) -> int:
 
 
 def largest(
-    product_NV: Tensor, k: int, temperatures: Sequence[float], logits: LogitTransform
+    product_NV: Tensor, k: int, temperatures: Sequence[float], logit_transform: LogitTransform
 ) -> tuple[Tensor, Tensor, Tensor]:
     """int32 ids [N, K], rising; their float32 logits [N, K]; and the sums over the other ids [N, T].
 
@@ -180,7 +180,7 @@ def largest(
         with torch.cuda.device_of(product_NV):  # Triton launches on the current device
             select_kernel[(rows,)](
                 product_NV, inverse, listed, ids, kept, rest, product_NV.stride(0), vocabulary, k, room,
-                float(logits.scale), float(logits.cap),
-                T=padded, BLOCK=LANES, TILE=tile(padded), CAP=logits.cap > 0, num_warps=WARPS,
+                float(logit_transform.scale), float(logit_transform.cap),
+                T=padded, BLOCK=LANES, TILE=tile(padded), CAP=logit_transform.cap > 0, num_warps=WARPS,
             )  # fmt: skip
     return ids, kept, rest[:, : len(temperatures)]

@@ -15,7 +15,6 @@ from helpers.loss_problems import (
     by_hand,
     gradients,
     laid_out,
-    leaves,
     problem,
     widened,
 )
@@ -61,7 +60,8 @@ def test_reference_is_the_formula_where_every_id_is_kept(mode, form):
     ],
 )
 def test_gradient_at_any_temperature(impl, mode, temperature, k, form):
-    more = FORMS | {"scaled": {"logits": LogitTransform(1.7, 0.0)}, "capped": {"logits": LogitTransform(1.0, 2.5)}}
+    other = {"scaled": LogitTransform(1.7, 0.0), "capped": LogitTransform(1.0, 2.5)}
+    more = FORMS | {name: {"logit_transform": transform} for name, transform in other.items()}
     inputs = problem(7, 3, 9, k, 2, mode, **more[form])
     given = (inputs.pop("hidden_ND"), inputs.pop("weight_VD"), inputs.pop("bias_V"))
 
@@ -71,7 +71,7 @@ def test_gradient_at_any_temperature(impl, mode, temperature, k, form):
     assert torch.autograd.gradcheck(loss, given, fast_mode=False)
 
 
-LOGITS = st.sampled_from(
+TRANSFORMS = st.sampled_from(
     [
         LogitTransform(),
         LogitTransform(0.25, 0.0),
@@ -90,9 +90,8 @@ LOGITS = st.sampled_from(
     mode=st.sampled_from(MODES),
     temperature=st.sampled_from(TEMPERATURES),
     bias=st.booleans(),
-    weighted=st.booleans(),
     padding=st.sampled_from([0, 0, 1, 30]),
-    logits=LOGITS,
+    logit_transform=TRANSFORMS,
     layout=st.sampled_from(["dense", "transposed", "strided"]),
     chunk_rows=st.integers(16, 40),
     data=st.data(),
@@ -137,22 +136,6 @@ def test_rows_of_padding_have_no_influence_and_no_gradient(impl, mode):
         for mine, true in zip(head_found, head, strict=True):
             torch.testing.assert_close(mine[:11], true, rtol=1e-12, atol=1e-14)
             assert mine.shape[0] == 61 and not mine[11:].any()
-
-
-@pytest.mark.parametrize("impl", IMPLS)
-@pytest.mark.parametrize("mode", MODES)
-def test_a_weight_is_so_many_copies_of_a_row_and_none_is_its_absence(impl, mode):
-    inputs = problem(24, 4, 11, 3, 14, mode)
-    times = torch.tensor([0, 1, 2, 3]).repeat(6)
-    copies = torch.arange(24).repeat_interleave(times)
-    targets = PackedTargets(
-        **{k: v[copies] if isinstance(v, torch.Tensor) else v for k, v in vars(inputs["targets"]).items()}
-    )
-    many = inputs | {name: inputs[name][copies] for name in ("hidden_ND", "labels_N", "alpha_N")} | {"targets": targets}
-    one, two = (ki_loss(**x, temperature=2.0, impl=impl) for x in (inputs | {"weights_N": times}, many))
-    torch.testing.assert_close(one, two, rtol=1e-12, atol=0)
-    grads = (torch.autograd.grad(x.loss, leaves(inputs)) for x in (one, two))
-    torch.testing.assert_close(*grads, rtol=1e-11, atol=1e-13)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -315,13 +298,11 @@ def test_ids_beyond_sixteen_bits(mode):
         ({"weight_VD": torch.zeros(11, 5)}, "hidden size 4"),
         ({"weight_VD": torch.zeros(11, 4, dtype=torch.float16)}, "weight is torch.float16, the hidden states are"),
         ({"bias_V": torch.zeros(11)}, "bias is torch.float32"),
-        ({"weights_N": torch.ones(10)}, r"weights of shape \(10,\)"),
         ({"alpha_N": torch.ones(8)}, r"alpha of shape \(8,\)"),
         (
             {"alpha_N": torch.ones(9, 1)},
             r"alpha of shape \(9, 1\); expected \(9,\)",
         ),
-        ({"weights_N": torch.ones(9, 1)}, r"weights of shape \(9, 1\)"),
         ({"labels_N": torch.zeros(9, dtype=torch.int32)}, "labels are torch.int32; expected torch.int64"),
         ({"targets": problem(8, 4, 11, 3, 9)["targets"]}, r"targets: ids of shape \(8, 3\); expected \(9, 3\)"),
         (
@@ -330,10 +311,10 @@ def test_ids_beyond_sixteen_bits(mode):
         ),
         ({"vocabulary": 12}, "a vocabulary of 12, but the head has 11 rows"),
         ({"vocabulary": 0}, "a vocabulary of 0"),
-        ({"logits": LogitTransform(scale=0.0)}, "a finite scale above 0"),
-        ({"logits": LogitTransform(cap=math.inf)}, "a finite cap"),
-        ({"logits": LogitTransform(scale=float("nan"))}, "a finite scale above 0"),
-        ({"logits": LogitTransform(cap=-1.0)}, "a finite cap of 0 or more"),
+        ({"logit_transform": LogitTransform(scale=0.0)}, "a finite scale above 0"),
+        ({"logit_transform": LogitTransform(cap=math.inf)}, "a finite cap"),
+        ({"logit_transform": LogitTransform(scale=float("nan"))}, "a finite scale above 0"),
+        ({"logit_transform": LogitTransform(cap=-1.0)}, "a finite cap of 0 or more"),
     ],
 )
 def test_impossible_arguments_are_refused(change, message):

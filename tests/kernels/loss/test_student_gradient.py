@@ -24,10 +24,15 @@ def taught(logits, selection, quantum, temperature, tail=False):
     view = View(np.zeros((rows, 1), np.int32), np.ones((rows, 1), bool), np.zeros((rows, 1), np.int32))
     numbers = uniforms(99, np.arange(rows), np.zeros(rows, np.int64), np.arange(rows), view, selection)
     given = None if numbers is None else torch.from_numpy(numbers)
-    found = select(logits, torch.zeros(rows, dtype=torch.int64), selection, (temperature,), given)
-    codec = Codec(vocabulary, min(selection.k, vocabulary), quantum, tuple(found.scalars))
-    scalars = {name: x.numpy() for name, x in found.scalars.items()}
-    planes, _ = pack_arrays(codec, found.ids_NK.numpy(), found.given_NK.numpy(), scalars)
+    parts = []
+    for start in range(0, rows, 500):  # each draw looks into a block of its own, in float64
+        here = slice(start, start + 500)
+        labels, drawn = torch.zeros(len(logits[here]), dtype=torch.int64), None if given is None else given[here]
+        parts.append(select(logits[here], labels, selection, (temperature,), drawn))
+    ids, kept = (torch.cat([getattr(part, name) for part in parts]) for name in ("ids_NK", "given_NK"))
+    scalars = {name: torch.cat([part.scalars[name] for part in parts]).numpy() for name in parts[0].scalars}
+    codec = Codec(vocabulary, min(selection.k, vocabulary), quantum, tuple(scalars))
+    planes, _ = pack_arrays(codec, ids.numpy(), kept.numpy(), scalars)
     assert planes.high_nK is None
     return PackedTargets(
         torch.from_numpy(planes.ids_nK.view(np.int16)),

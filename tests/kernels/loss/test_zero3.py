@@ -93,6 +93,7 @@ def both():
     return run_ranks(by_two, WORLD)[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("tied", "impl"), [*CASES[:2], pytest.param(*CASES[2], marks=NEEDS_TRITON)])
 def test_partitioned_head_equals_one_process(both, tied, impl):
     """In training, over two micro-batches, and in evaluation."""
