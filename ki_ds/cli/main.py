@@ -24,7 +24,7 @@ from ki_ds.cli.targets import app as targets_app
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.experiment.graph import load_experiment, stages
 from ki_ds.experiment.schema import Experiment
-from ki_ds.files import remedy
+from ki_ds.files import remedy, write_atomically
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.progress import duration, say
 
@@ -132,9 +132,21 @@ _stage_command("report", "Write the report.")
 
 
 @app.command()
-def demo(workdir: Workdir = None, processes: Processes = None, settings: Set = None) -> None:
+def demo(
+    masked: Annotated[bool, typer.Option("--masked", help="masked models; takes much longer")] = False,
+    scale: Scale = None, workdir: Workdir = None, processes: Processes = None, settings: Set = None,
+) -> None:  # fmt: skip
     """Run the demo: a student that inherits against the same student alone, on real text."""
-    _run(shipped("experiments/demo.json"), None, workdir, processes, None, settings)
+    from ki_ds.corpus.documentation import write_documentation
+
+    given = shipped(f"experiments/{'demo_mlm' if masked else 'demo'}.json")
+    folder = workdir or Path("work") / load_experiment(given, scale, tuple(settings or ())).name
+    folder.mkdir(parents=True, exist_ok=True)
+    file, text = folder / given.name, folder / "documentation.jsonl"
+    write_atomically(file, given.read_bytes())
+    if not text.exists():  # packages may have changed since, and with them the text
+        write_documentation(text)
+    _run(file, scale, folder, processes, None, settings)
 
 
 def shipped(name: str) -> Path:

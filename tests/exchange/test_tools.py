@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers.commands import folder_digest, ki_ds, write
+from helpers.documents import documentation
 from safetensors.numpy import load_file
 
 from ki_ds.cli import main as cli
@@ -24,7 +25,7 @@ EXPERIMENT = {
     "sequence_length": 24,
     "masking": {"views": 2, "probability": 0.08},  # some sequences have no row at all
     "tokenizer": {"train": {"vocabulary_size": 400, "on": ["a"]}},
-    "corpora": {"a": {"sources": [{"installed_documentation": ["logging"]}], "validation": 0.1}},
+    "corpora": {"a": {"sources": [documentation("logging")], "validation": 0.1}},
     "models": {
         "big": {"targets": {"a": "big@a"}},
         "student": {
@@ -369,7 +370,7 @@ def test_repair_moves_nothing_where_every_shard_disagrees_with_the_manifest(copy
 
 def test_verify_against_another_corpus(copy, world, tmp_path):
     changed = json.loads(json.dumps(EXPERIMENT))
-    changed["corpora"]["a"]["sources"] = [{"installed_documentation": ["email"]}]
+    changed["corpora"]["a"]["sources"] = [documentation("email")]
     ki_ds("corpus", write(tmp_path / "other.json", changed), "--workdir", tmp_path / "work")
     said = run("verify", copy, "--against-corpus", "--workdir", tmp_path / "work", code=2)
     assert "its digest is" in said
