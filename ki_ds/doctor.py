@@ -67,10 +67,10 @@ def _packages() -> bool:
 
 def _lacking(requirements: list[Requirement]) -> dict[str, str | None]:
     """What is not met, and the version that is there instead."""
-    found = {f"{one.name}{one.specifier}": (one, _version(one.name)) for one in requirements}
+    there = {one: _version(one.name) for one in requirements}
     return {
-        name: version
-        for name, (one, version) in found.items()
+        f"{one.name}{one.specifier}": version
+        for one, version in there.items()
         if version is None or not one.specifier.contains(version, prereleases=True)
     }
 

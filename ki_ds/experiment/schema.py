@@ -1,6 +1,6 @@
 """The experiment file: JSON, read once and strictly into typed, frozen objects.
 
-Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. `ki_ds.graph` reads the file and
+Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. `experiment.graph` reads it and
 checks the references between its parts.
 """
 
@@ -248,7 +248,7 @@ class Model(Strict):
     """Exactly one origin (architecture, start_from, pretrained, targets); trained here, or used as it is."""
 
     architecture: str | dict[str, Any] | None = Field(
-        None, description="a name of the table in ki_ds/models.py or an inline Hugging Face configuration"
+        None, description="a name that ki_ds/models/architectures.py has, or an inline Hugging Face configuration"
     )
     start_from: Name | None = Field(None, description="another model of this experiment")
     pretrained: str | None = Field(None, description="a Hugging Face model folder or name")
