@@ -27,7 +27,7 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/venv && \
-    pip install --constraint /opt/ki_ds/constraints.txt --editable "/opt/ki_ds[gpu,mpi,report,finetune,s3]"
+    pip install --constraint /opt/ki_ds/constraints.txt --editable "/opt/ki_ds[gpu,mpi,s3]"
 
 # apex is on no package index (the one of that name there is something else): the wheel is compiled from its repository.
 FROM python-gpu AS apex-wheel
@@ -81,7 +81,7 @@ ARG PIP_INDEX_URL
 ARG PIP_EXTRA_INDEX_URL
 RUN --mount=type=cache,target=/root/.cache/pip \
     python3 -m venv /opt/venv && \
-    pip install --constraint /opt/ki_ds/constraints.txt --editable "/opt/ki_ds[test,mpi,report,finetune]"
+    pip install --constraint /opt/ki_ds/constraints.txt --editable "/opt/ki_ds[test]"
 
 COPY --chown=${USER_ID}:${GROUP_ID} . /opt/ki_ds
 ENV HOME=/home/ki_ds USER=ki_ds PYTHONUNBUFFERED=1 \

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import shlex
 import shutil
 from importlib import metadata
 from pathlib import Path
+
+from packaging.requirements import Requirement
 
 from ki_ds.engine import apex, ops
 from ki_ds.errors import UserError
 from ki_ds.progress import say
 
-PACKAGES = (
-    "torch", "deepspeed", "transformers", "accelerate", "tokenizers", "datasets", "pydantic", "typer", "rich",
-    "zstandard", "xxhash", "numpy", "safetensors", "fsspec", "pyarrow", "jinja2", "matplotlib", "tensorboard",
-)  # fmt: skip
-OPTIONAL = {"triton": "gpu", "mpi4py": "mpi", "sklearn": "finetune"}
 MONITORS = ("wandb", "comet_ml")
 PROGRAMS = {
     "g++": "needed where DeepSpeed compiles ops (CPU offload): apt-get install g++",
@@ -31,14 +29,8 @@ LEAST_DISK_GB = 2.0
 def examine(workdir: Path) -> bool:
     """Print the findings; whether everything that is needed is there."""
     say(f"python {platform.python_version()} on {platform.platform()}")
-    missing = [name for name in PACKAGES if not _version(name)]
-    say("packages: " + ", ".join(f"{name} {_version(name)}" for name in PACKAGES if name not in missing))
-    if missing:
-        say(f"MISSING: {', '.join(missing)}; run: pip install {' '.join(missing)}")
+    if not _packages():
         return False
-    for name, extra in OPTIONAL.items():
-        found = importlib.util.find_spec(name) is not None
-        say(f"optional {name}: " + ("there" if found else f"not there; pip install 'ki_ds[{extra}]'"))
     for name in MONITORS:
         if importlib.util.find_spec(name) is not None:
             say(f"monitor {name}: there")
@@ -50,6 +42,41 @@ def examine(workdir: Path) -> bool:
     for name, purpose in PROGRAMS.items():
         say(f"{name}: {shutil.which(name) or 'not there; ' + purpose}")
     return _disk(workdir)
+
+
+def _packages() -> bool:
+    """Whether every package that ki_ds requires is there; its own metadata, made of setup.cfg, say which these are."""
+    try:
+        requirements = [Requirement(line) for line in metadata.requires("ki_ds") or ()]
+        extras = metadata.metadata("ki_ds").get_all("Provides-Extra") or []
+    except metadata.PackageNotFoundError:
+        say("MISSING: ki_ds itself is not installed, only its source is here; run: pip install -e . in its folder")
+        return False
+    needed = [one for one in requirements if one.marker is None or one.marker.evaluate({"extra": ""})]
+    there = {one.name: _version(one.name) for one in needed}
+    say("packages: " + ", ".join(f"{name} {found}" for name, found in there.items() if found))
+    if lacking := _lacking(needed):
+        say(f"MISSING: {_listed(lacking)}; run: pip install {shlex.join(lacking)}")
+        return False
+    for extra in extras:
+        added = [one for one in requirements if one.marker is not None and one.marker.evaluate({"extra": extra})]
+        lacking = _lacking(added)
+        say(f"extra {extra}: " + (f"lacks {_listed(lacking)}; pip install 'ki_ds[{extra}]'" if lacking else "there"))
+    return True
+
+
+def _lacking(requirements: list[Requirement]) -> dict[str, str | None]:
+    """What is not met, and the version that is there instead."""
+    there = {one: _version(one.name) for one in requirements}
+    return {
+        f"{one.name}{one.specifier}": version
+        for one, version in there.items()
+        if version is None or not one.specifier.contains(version, prereleases=True)
+    }
+
+
+def _listed(lacking: dict[str, str | None]) -> str:
+    return ", ".join(f"{name} (found {version})" if version else name for name, version in lacking.items())
 
 
 def _version(name: str) -> str | None:

@@ -1,8 +1,8 @@
-# Sourced by demo.sh and test.sh: makes .venv with the package and the given extras, pinned by constraints.txt.
+# Sourced by demo.sh and test.sh: makes .venv with the package and the extras that are named, pinned by constraints.txt.
 # Installs again only when setup.cfg, constraints.txt or the extras have changed.  PYTHON=… chooses the interpreter.
 
-ki_ds_setup() { # ki_ds_setup EXTRAS
-    local extras=$1 root python candidate stamp want
+ki_ds_setup() { # ki_ds_setup [EXTRAS]
+    local extras=${1:+[$1]} root python candidate stamp want
     root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
     if ! "$root/.venv/bin/python" -m pip --version >/dev/null 2>&1; then # absent, or its making was interrupted
         for candidate in ${PYTHON:-python3 python3.12 python3.11 python3.10}; do
@@ -18,12 +18,12 @@ ki_ds_setup() { # ki_ds_setup EXTRAS
         fi
         "$python" -m venv --clear "$root/.venv" || return 1
     fi
-    stamp=$root/.venv/ki_ds-$extras.stamp
+    stamp=$root/.venv/ki_ds$extras.stamp
     want=$(cat "$root/setup.cfg" "$root/pyproject.toml" "$root/constraints.txt" | cksum)
     if [ "$(cat "$stamp" 2>/dev/null)" != "$want" ]; then
-        echo "installing ki_ds[$extras] into .venv …"
+        echo "installing ki_ds$extras into .venv …"
         "$root/.venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --constraint "$root/constraints.txt" --editable "$root[$extras]" || return 1
+            --constraint "$root/constraints.txt" --editable "$root$extras" || return 1
         echo "$want" >"$stamp"
     fi
     # shellcheck disable=SC1091

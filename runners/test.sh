@@ -1,8 +1,14 @@
 #!/usr/bin/env bash
-# Installs into .venv and runs the whole test suite. Arguments go to pytest.
+# Installs into .venv, checks style and types, and runs the tests: all but the slow ones, or with --all first, all.
+# Further arguments go to pytest, for instance -m "not launch and not slow" for the fast part, or -k NAME.
 # KI_DS_APT=1, as root on Debian: installs the packages of apt.txt first, so that no test skips for want of them.
 set -euo pipefail
 . "$(dirname "$0")/setup.sh"
+chosen=(-m "not slow")
+if [ "${1:-}" = --all ]; then
+    chosen=()
+    shift
+fi
 ki_ds_setup test
 cd "$(dirname "$0")/.."
 ki_ds_packages runners/apt.txt
@@ -10,4 +16,4 @@ ruff check .
 ruff format --check .
 mypy ki_ds
 # a file at a time on each of two processes: files share what they have trained
-exec pytest -n 2 --dist loadfile "$@"
+exec pytest -n 2 --dist loadfile "${chosen[@]}" "$@"

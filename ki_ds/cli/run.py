@@ -29,7 +29,10 @@ from ki_ds.cli.options import (
     open_workspace,
     ranks_of,
 )  # fmt: skip
+from ki_ds.corpus.documentation import write_documentation
 from ki_ds.errors import UserError
+from ki_ds.experiment.graph import load_experiment
+from ki_ds.files import write_atomically
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.launch.command import Launch, check
 from ki_ds.progress import duration, say
@@ -95,9 +98,19 @@ def stage_command(only: str) -> Callable[..., None]:
     return command
 
 
-def demo(workdir: Workdir = None, processes: Processes = None, settings: Set = None) -> None:
+def demo(
+    masked: Annotated[bool, typer.Option("--masked", help="masked models; takes much longer")] = False,
+    scale: Scale = None, workdir: Workdir = None, processes: Processes = None, settings: Set = None,
+) -> None:  # fmt: skip
     """Run the demo: a student that inherits against the same student alone, on real text."""
-    run_stages(shipped("experiments/demo.json"), workdir=workdir, processes=processes, settings=settings)
+    given = shipped(f"experiments/{'demo_mlm' if masked else 'demo'}.json")
+    folder = workdir or Path("work") / load_experiment(given, scale, tuple(settings or ())).name
+    folder.mkdir(parents=True, exist_ok=True)
+    file, text = folder / given.name, folder / "documentation.jsonl"
+    write_atomically(file, given.read_bytes())
+    if not text.exists():  # packages may have changed since, and with them the text
+        write_documentation(text)
+    run_stages(file, scale, folder, processes, settings=settings)
 
 
 def shipped(name: str) -> Path:

@@ -1,4 +1,4 @@
-"""The docstrings of installed Python packages, parsed from their files; nothing is imported."""
+"""The demo's text: docstrings of installed Python packages, parsed from their files; nothing is imported."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import ast
 import gc
 import importlib.util
 import inspect
+import json
 import multiprocessing
 import os
 import sysconfig
@@ -15,62 +16,59 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from ki_ds.errors import UserError, unreadable
+from ki_ds.files import write_atomically
 
+DEMO_PACKAGES = ("torch", "numpy", "sympy", "networkx", "stdlib")  # the first four come with torch and deepspeed
 MIN_DOCSTRING_CHARACTERS = 200
 PARSERS = 2  # processes
 PARALLEL_FILES = 400  # fewer Python files are parsed sooner than the processes start
 
-# a run reads the same packages twice (tokenizer, corpus), a few tens of megabytes at most: they are parsed once
-_REMEMBERED: dict[tuple[tuple[str, int], ...], list[tuple[str, str]]] = {}
-
 _NOT_LIBRARY = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}
 
 
-def documentation(names: Sequence[str], place: str) -> Iterator[tuple[str, str]]:
-    """(file, docstring) of the named packages, in order; "stdlib" is the standard library with the topics of `help()`.
+def write_documentation(path: Path, names: Sequence[str] = DEMO_PACKAGES) -> None:
+    """Write the documentation of the named packages to a JSON Lines file, a document a line under "text".
+
+    Raises:
+        UserError: a package is not installed, or has no Python files that can be read; the file cannot be written.
+    """
+    write_atomically(path, (json.dumps({"text": text}).encode() + b"\n" for text in documentation(names)))
+
+
+def documentation(names: Sequence[str]) -> Iterator[str]:
+    """The long docstrings of the named packages, package by package, by path, in source order.
+
+    "stdlib" is the standard library with the topics of `help()`.
 
     Raises:
         UserError: a package is not installed, or has no Python files.
     """
-    paths = [path for index, name in enumerate(names) for path in _python_files(name, f"{place}.{index}")]
-    try:
-        state = tuple((path, os.stat(path).st_mtime_ns) for path in paths)
-    except OSError as error:
-        raise unreadable(str(error.filename), error) from error
-    if state not in _REMEMBERED:
-        found = []
-        for item in _parsed(paths):
-            found.append(item)
-            yield item
-        _REMEMBERED.clear()
-        _REMEMBERED[state] = found
-    else:
-        yield from _REMEMBERED[state]
+    return _parsed([path for name in names for path in _python_files(name)])
 
 
-def _parsed(paths: list[str]) -> Iterator[tuple[str, str]]:
+def _parsed(paths: list[str]) -> Iterator[str]:
     if len(paths) < PARALLEL_FILES:
-        yield from ((path, text) for path in paths for text in _docstrings(path))
+        yield from (text for path in paths for text in _docstrings(path))
         return
     # Spawned, since a fork of a process with threads can hang. Syntax trees have no cycles for the collector to find.
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(PARSERS, mp_context=context, initializer=gc.disable) as pool:
-        for path, texts in zip(paths, pool.map(_docstrings, paths, chunksize=16), strict=True):
-            yield from ((path, text) for text in texts)
+        for texts in pool.map(_docstrings, paths, chunksize=16):
+            yield from texts
 
 
-def _python_files(name: str, place: str) -> list[str]:
+def _python_files(name: str) -> list[str]:
     if name == "stdlib":
         roots, pruned = [sysconfig.get_path("stdlib")], _NOT_LIBRARY
     else:
         if not name.isidentifier():
-            raise UserError(f'{place}: "{name}" is not the name of a package; expected one like "torch", without dots')
+            raise UserError(f'"{name}" is not the name of a package; expected one like "torch", without dots')
         try:
             spec = importlib.util.find_spec(name)
         except (ImportError, ValueError):  # what find_spec raises for modules loaded in unusual ways
             spec = None
         if spec is None:
-            raise UserError(f'{place}: the package "{name}" is not installed here; run `pip install {name}`')
+            raise UserError(f'the package "{name}" is not installed here; run `pip install {name}`')
         roots, pruned = list(spec.submodule_search_locations or [spec.origin or ""]), {"__pycache__"}
     paths = [root for root in roots if os.path.isfile(root) and root.endswith(".py")]
     for root in roots:
@@ -78,7 +76,7 @@ def _python_files(name: str, place: str) -> list[str]:
             folders[:] = [child for child in folders if child not in pruned]
             paths += [os.path.join(folder, file) for file in names if file.endswith(".py")]
     if not paths:
-        raise UserError(f'{place}: "{name}" has no Python files here; leave it out, or take "stdlib"')
+        raise UserError(f'"{name}" has no Python files here; leave it out, or take "stdlib"')
     return sorted(paths)
 
 

@@ -1,5 +1,8 @@
 """Documents from the sources of a corpus: a deterministic stream of text, one document in memory at a time.
 
+JSON Lines and Parquet are not left to the `datasets` library, which reads the same files: it names no line of a bad
+row, takes numbers for text and a missing field for nothing, cannot replace what is no UTF-8, and is slow to import.
+
 Text is UTF-8 with universal newlines. Bytes that are no UTF-8 are decoded to lone surrogates, as JSON's `\\ud800` is,
 so that one place finds both, counts them and tells them from a U+FFFD that stands in the file.
 """
@@ -25,12 +28,10 @@ from typing import IO, Any, Literal
 import fsspec
 from fsspec.registry import known_implementations
 
-from ki_ds.corpus.documentation import documentation
 from ki_ds.errors import UserError, nearest, reason, unreadable
 from ki_ds.experiment.schema import (
     SOURCE_KINDS,
     DatasetSource,
-    DocumentationSource,
     JsonLinesSource,
     ParquetSource,
     Source,
@@ -138,8 +139,6 @@ def _texts(source: Source, bases: Sequence[Path], place: str, rule: _Rule) -> It
                 yield from _parquet(file, source.field, rule)
         case DatasetSource():
             yield from _dataset(source, bases, place)
-        case DocumentationSource():
-            yield from documentation(source.installed_documentation, f"{place}.installed_documentation")
 
 
 # ------------------------------------------------------------------------------------------------------- files

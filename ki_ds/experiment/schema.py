@@ -1,6 +1,6 @@
 """The experiment file: JSON, read once and strictly into typed, frozen objects.
 
-Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. `ki_ds.graph` reads the file and
+Every key is declared here; `ki-ds schema` prints the JSON Schema that follows from it. `experiment.graph` reads it and
 checks the references between its parts.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
 
 from ki_ds.experiment.strict import Strict
 from ki_ds.targets.selection import Selection
@@ -55,20 +55,11 @@ class DatasetSource(Strict):
     field: str = "text"
 
 
-class DocumentationSource(Strict):
-    """Docstrings and topics of installed Python packages, parsed from their files without importing them."""
-
-    installed_documentation: Annotated[list[str], Field(min_length=1)] = Field(
-        description='names of packages; "stdlib" is the standard library'
-    )
-
-
 SOURCE_KINDS = {
     "text": TextSource,
     "jsonl": JsonLinesSource,
     "parquet": ParquetSource,
     "dataset": DatasetSource,
-    "installed_documentation": DocumentationSource,
 }
 
 
@@ -79,17 +70,26 @@ def _source_kind(value: Any) -> str | None:
     return next((kind for kind, cls in SOURCE_KINDS.items() if isinstance(value, cls)), None)
 
 
+def _no_former_kind(value: Any) -> Any:
+    if isinstance(value, dict) and "installed_documentation" in value:
+        raise ValueError(
+            '"installed_documentation" is no source any more: `ki-ds demo` writes that text itself. Expected '
+            '{"jsonl": "documentation.jsonl"} and such a file, a line {"text": …} for each document'
+        )
+    return value
+
+
 Source = Annotated[
     Annotated[TextSource, Tag("text")]
     | Annotated[JsonLinesSource, Tag("jsonl")]
     | Annotated[ParquetSource, Tag("parquet")]
-    | Annotated[DatasetSource, Tag("dataset")]
-    | Annotated[DocumentationSource, Tag("installed_documentation")],
+    | Annotated[DatasetSource, Tag("dataset")],
     Discriminator(
         _source_kind,
         custom_error_type="source_kind",
         custom_error_message=f"a source has exactly one of the keys {', '.join(SOURCE_KINDS)}",
     ),
+    BeforeValidator(_no_former_kind),
 ]
 
 
@@ -248,7 +248,7 @@ class Model(Strict):
     """Exactly one origin (architecture, start_from, pretrained, targets); trained here, or used as it is."""
 
     architecture: str | dict[str, Any] | None = Field(
-        None, description="a name of the table in ki_ds/models.py or an inline Hugging Face configuration"
+        None, description="a name that ki_ds/models/architectures.py has, or an inline Hugging Face configuration"
     )
     start_from: Name | None = Field(None, description="another model of this experiment")
     pretrained: str | None = Field(None, description="a Hugging Face model folder or name")

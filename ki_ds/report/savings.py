@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
+import numpy as np
 from pydantic import ConfigDict, Field
 
 from ki_ds.experiment.strict import Strict
@@ -126,14 +126,10 @@ def first_step_reaching(curve: Curve, perplexity: float) -> float | None:
 
 def perplexity_at(curve: Curve, step: int) -> float | None:
     """The perplexity at a step; None before the first evaluation and after the last."""
-    points = [(at, value) for at, value in curve if usable(value)]
-    if step in dict(points):
-        return dict(points)[step]
-    for (left, high), (right, low) in pairwise(points):
-        if left < step < right:
-            part = (step - left) / (right - left)
-            return math.exp((1 - part) * math.log(high) + part * math.log(low))
-    return None
+    points = {at: value for at, value in curve if usable(value)}
+    if step in points or not min(points, default=step) < step < max(points, default=step):
+        return points.get(step)
+    return math.exp(np.interp(step, [*points], np.log([*points.values()])))
 
 
 def ahead_from(student: Curve, baseline: Curve) -> int | None:

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 from helpers.commands import folder_digest, write
+from helpers.documents import documentation
 from helpers.exchange import EXPERIMENT, damage, here, rewritten, run
 
 from ki_ds.targets.manifest import open_folder
@@ -59,7 +60,7 @@ def test_repair_moves_nothing_where_every_shard_disagrees_with_the_manifest(copy
 
 def test_verify_against_another_corpus(copy, world, tmp_path):
     changed = json.loads(json.dumps(EXPERIMENT))
-    changed["corpora"]["a"]["sources"] = [{"installed_documentation": ["email"]}]
+    changed["corpora"]["a"]["sources"] = [documentation("email")]
     here("corpus", write(tmp_path / "other.json", changed), "--workdir", tmp_path / "work")
     said = run("verify", copy, "--against-corpus", "--workdir", tmp_path / "work", code=2)
     assert "its digest is" in said

@@ -272,9 +272,7 @@ def test_schema_is_json_and_speaks_the_files_names():
     }  # fmt: skip
     assert "from" in schema["$defs"]["Inherit"]["required"]
     assert schema["additionalProperties"] is False
-    assert {"TextSource", "JsonLinesSource", "ParquetSource", "DatasetSource", "DocumentationSource"} <= set(
-        schema["$defs"]
-    )
+    assert {"TextSource", "JsonLinesSource", "ParquetSource", "DatasetSource"} <= set(schema["$defs"])
 
 
 # ---------------------------------------------------------------------------------------------------- unknown keys
@@ -292,8 +290,6 @@ def test_schema_is_json_and_speaks_the_files_names():
         (source(parquet="a", filed="b"), "corpora.wb.sources.1.filed", "field"),
         (source(dataset="a", splt="b"), "corpora.wb.sources.1.splt", "split"),
         (source(text="a", tex="b"), "corpora.wb.sources.1.tex", "text"),
-        (source(installed_documentation=["a"], documentation="b"),
-         "corpora.wb.sources.1.documentation", "installed_documentation"),
         ({"models": {"base": {"architcture": "x"}}}, "models.base.architcture", "architecture"),
         ({"models": {"base": {"train": {"batchsize": 1}}}}, "models.base.train.batchsize", "batch_size"),
         (student(inherit={"form": {}}), "models.base-to-large.inherit.form", "from"),
@@ -331,8 +327,7 @@ def test_the_python_name_of_an_aliased_field_is_no_key(failure):
         ({"corpora": 5}, "corpora: expected an object; found 5"),
         ({"corpora": {"wb": {"sources": {"text": "a"}}}}, 'corpora.wb.sources: expected an array; found {"text": "a"}'),
         (source(text=3), "corpora.wb.sources.1.text: expected a string; found 3"),
-        (source(installed_documentation=["a", 3]),
-         "corpora.wb.sources.1.installed_documentation.1: expected a string; found 3"),
+        ({"tokenizer": {"train": {"on": ["wb", 3]}}}, "tokenizer.train.on.1: expected a string; found 3"),
         ({"tokenizer": "gpt2"}, 'tokenizer: expected an object; found "gpt2"'),
         ({"engine": 3}, "engine: expected a string or an object; found 3"),
         ({"models": {"base": {"architecture": [1]}}},
@@ -364,7 +359,6 @@ def test_wrong_type_shows_what_was_found(failure, patch, message):
         ({"masking": {"views": 0}}, "masking.views", "greater than 0"),
         ({"corpora": {"wb": {"validation": 0}}}, "corpora.wb.validation", "greater than 0"),
         ({"corpora": {"wb": {"sources": []}}}, "corpora.wb.sources", "at least 1"),
-        (source(installed_documentation=[]), "corpora.wb.sources.1.installed_documentation", "at least 1"),
         ({"models": {"base": {"train": {"steps": 0}}}}, "models.base.train.steps", "greater than 0"),
         ({"models": {"base": {"train": {"warmup": 1.5}}}}, "models.base.train.warmup", "less than or equal to 1"),
         ({"models": {"base": {"train": {"betas": [0.9, 2]}}}}, "models.base.train.betas.1", "less than 1"),
@@ -462,6 +456,12 @@ def test_a_source_of_no_kind_or_of_two_lists_the_kinds(failure, keys):
         f"corpora.wb.sources.1: a source has exactly one of the keys {', '.join(SOURCE_KINDS)}; "
         f"found {json.dumps(keys)}"
     )
+
+
+def test_a_source_of_former_versions_says_what_to_do_instead(failure):
+    (line,) = failure(source(installed_documentation=["torch"]))
+    assert line.startswith('corpora.wb.sources.1: "installed_documentation" is no source any more: `ki-ds demo` writes')
+    assert 'Expected {"jsonl": "documentation.jsonl"}' in line
 
 
 # ------------------------------------------------------------------------------------------- keys that contradict

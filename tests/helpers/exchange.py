@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from helpers.documents import documentation
 from ki_ds.cli import main as cli
 from ki_ds.targets.manifest import open_folder
 
@@ -18,7 +19,7 @@ EXPERIMENT = {
     "sequence_length": 24,
     "masking": {"views": 2, "probability": 0.08},  # some sequences have no row at all
     "tokenizer": {"train": {"vocabulary_size": 400, "on": ["a"]}},
-    "corpora": {"a": {"sources": [{"installed_documentation": ["logging"]}], "validation": 0.1}},
+    "corpora": {"a": {"sources": [documentation("logging")], "validation": 0.1}},
     "models": {
         "big": {"targets": {"a": "big@a"}},
         "student": {

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers.commands import alive, environment, folder_digest, ki_ds, killed, metrics, write
+from helpers.documents import documentation
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
 
 from ki_ds.engine.batch_layout import BatchLayout
@@ -42,8 +43,8 @@ GRAPH = {
     "sequence_length": 32,
     "tokenizer": {"train": {"vocabulary_size": 500, "on": ["a", "b"]}},
     "corpora": {
-        "a": {"sources": [{"installed_documentation": ["asyncio", "email"]}], "validation": 0.1},
-        "b": {"sources": [{"installed_documentation": ["unittest", "logging"]}], "validation": 0.1},
+        "a": {"sources": [documentation("asyncio", "email")], "validation": 0.1},
+        "b": {"sources": [documentation("unittest", "logging")], "validation": 0.1},
     },
     "models": {
         "g1": gpt(train=train({"a": 1.0})),
@@ -76,7 +77,7 @@ MASKED = {
     "sequence_length": 32,
     "masking": {"views": 2},
     "tokenizer": {"train": {"vocabulary_size": 500, "on": ["a"]}},
-    "corpora": {"a": {"sources": [{"installed_documentation": ["asyncio"]}], "validation": 0.1}},
+    "corpora": {"a": {"sources": [documentation("asyncio")], "validation": 0.1}},
     "models": {
         "teacher": {"architecture": "roberta-tiny", "train": train({"a": 1.0}, dropout=0.1)},
         "student": {
