@@ -63,8 +63,7 @@ def run(impl, device, arguments, selection, quantum=QUANTUM, temperatures=TEMPER
 
 def equal(one, two):
     """Bit for bit."""
-    planes = ("ids_NK", "high_NK", "values_NK", "count_N", "distortion_N")
-    for name in planes:
+    for name in ("ids_NK", "high_NK", "values_NK", "count_N", "distortion_N"):
         a, b = getattr(one, name), getattr(two, name)
         assert (a is None and b is None) or torch.equal(a, b), name
     assert tuple(one.scalars) == tuple(two.scalars)
@@ -118,27 +117,25 @@ def agrees(found, logits, labels, selection, quantum=QUANTUM, temperatures=TEMPE
         np.testing.assert_allclose(found.distortion_N.numpy(), lost, rtol=1e-4, atol=1e-7)
 
 
+def tiles(monkeypatch, **sizes):
+    """Other sizes of the kernel's, where it is interpreted."""
+    if DEVICE == "cpu" and not NEEDS_TRITON.args[0]:
+        from ki_ds.kernels.select import triton_select
+
+        for name, size in sizes.items():
+            monkeypatch.setattr(triton_select, name, size)
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles a row (of TILE / 4 columns, at three temperatures), and a list that soon overflows."""
-    if DEVICE == "cuda" or NEEDS_TRITON.args[0]:
-        return
-    from ki_ds.kernels.select import triton_select
-
-    monkeypatch.setattr(triton_select, "LANES", 32)
-    monkeypatch.setattr(triton_select, "TILE", 256)
-    monkeypatch.setattr(triton_select, "LISTED", 16)
+    tiles(monkeypatch, LANES=32, TILE=256, LISTED=16)
 
 
 @pytest.fixture
 def large_tiles(monkeypatch):
-    """As few tiles as there may be, in large problems that are interpreted."""
-    if DEVICE == "cuda" or NEEDS_TRITON.args[0]:
-        return
-    from ki_ds.kernels.select import triton_select
-
-    monkeypatch.setattr(triton_select, "LANES", 1 << 14)
-    monkeypatch.setattr(triton_select, "TILE", 1 << 16)
+    """As few tiles as there may be, in large problems."""
+    tiles(monkeypatch, LANES=1 << 14, TILE=1 << 16)
 
 
 # ----------------------------------------------------------------------------------------------- against the definition
