@@ -62,3 +62,12 @@ def test_imports_run_downwards():
     edges = [(one, other) for one, others in graph().items() for other in others if "ki_ds" not in (one, other)]
     upwards = [f"{one} imports {other}" for one, other in edges if layer(other) < layer(one)]
     assert len(upwards) <= UPWARDS, upwards
+
+
+def test_files_are_short_and_few_lie_loose():
+    tests = Path(__file__).parent
+    long = [
+        str(file) for root in (ROOT, tests) for file in root.rglob("*.py") if len(file.read_text().splitlines()) > 400
+    ]
+    assert not long
+    assert len([*ROOT.glob("*.py")]) <= 12

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal, TypeVar
 
+import torch
+
 from ki_ds.engine import refusals
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
@@ -110,6 +112,12 @@ class EngineConfig(_DeepSpeedJson):
             layer_norm=_given(data, "ki_ds").get("layer_norm", cls.layer_norm),
             monitors=tuple(name for name in MONITORS if _enabled(data, name)),
         )
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """Of hidden states and logits."""
+        half = self.precision != "fp32" or self.autocast
+        return (torch.float16 if self.precision == "fp16" else torch.bfloat16) if half else torch.float32
 
     @property
     def for_deepspeed(self) -> dict[str, Any]:

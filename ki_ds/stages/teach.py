@@ -11,10 +11,12 @@ from ki_ds.errors import UserError
 from ki_ds.exchange.teacher_inputs import folder_header
 from ki_ds.experiment.graph import WantedTargets, taught_by, trained_models, wanted_targets
 from ki_ds.experiment.schema import Experiment
+from ki_ds.kernels.dispatch import chosen
 from ki_ds.launch import distributed
 from ki_ds.planning import memory
 from ki_ds.planning.costs import Cost, model_cost, rows_per_sequence
 from ki_ds.planning.room import Room
+from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, State, parse_manifest
 from ki_ds.stages import models
 from ki_ds.stages.ranks import join
@@ -126,6 +128,9 @@ class Teach(Stage):
         teachers.check(e.inference, distributed.world_size(), {wanted.teacher: configuration}, e.objective)
 
         def teacher(device: torch.device) -> teachers.Teacher:
+            if distributed.rank() == 0:
+                say(f"  {self}: selection runs {chosen(device, teachers.DTYPES[e.inference.precision])}")
+
             def load(dtype: torch.dtype) -> Any:
                 return models.finished(space, wanted.teacher, dtype)
 
@@ -135,5 +140,5 @@ class Teach(Stage):
         shared = folder_header(e, corpus, space.tokens(corpus), space.tokenizer.digest, origin, selection, codec)
         return TeachJob(
             teacher, wanted.teacher, space.tokens(corpus), space.stream(corpus), space.viewer(corpus), spec.samples,
-            e.samples_per_shard, selection, codec, shared, e.target_distortion,
+            e.samples_per_shard, selection, shared, e.target_distortion,
         )  # fmt: skip

@@ -10,12 +10,14 @@ from ki_ds.engine.engine import Engine
 from ki_ds.experiment.graph import TrainedModel, needs, taught_by, trained_models
 from ki_ds.experiment.schema import Experiment, Model
 from ki_ds.files import digest, file_digest
+from ki_ds.kernels.dispatch import chosen
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.metrics import read_metrics
 from ki_ds.models.language_model import LanguageModel
 from ki_ds.planning.costs import Cost, model_cost
 from ki_ds.planning.plan import Need, verdict
 from ki_ds.planning.room import Room
+from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, Identity, read_manifest, seal
 from ki_ds.stages import models, student_data
 from ki_ds.stages.ranks import join, prepared
@@ -120,6 +122,8 @@ class Train(Stage):
         micro = micro_batch_size(student.train, distributed.world_size(), student.place)
         layout = BatchLayout(student.train.batch_size, micro, distributed.rank(), distributed.world_size())
         validation = {name: (space.tokens(name).validation, space.viewer(name)) for name in student.train.on}
+        if distributed.rank() == 0:
+            say(f"  {self}: the loss runs {chosen(device, space.engine_config.compute_dtype)}")
         run = TrainRun(
             self.name, student.train, student.model.inherit, student.seed, e.sequence_length, validation
         )  # fmt: skip

@@ -42,7 +42,7 @@ ENCODERS = 4  # threads that encode and compress while the teacher computes on
 
 @dataclass(frozen=True)
 class TeachJob:
-    """What a teacher is asked: the first `samples` of a corpus's stream, and what is kept of its answers."""
+    """What a teacher is shown: the first `samples` of a corpus's stream; and what is kept of its predictions."""
 
     teacher: Callable[[torch.device], Teacher]  # loaded only where something is missing
     teacher_name: str
@@ -52,18 +52,22 @@ class TeachJob:
     samples: int
     samples_per_shard: int
     selection: Selection
-    codec: Codec
     header: FolderHeader  # of every shard
     bound: Bound
 
+    @property
+    def codec(self) -> Codec:
+        """How rows are packed."""
+        return self.header.codec
 
-def teach(folder: Path, identity: Identity, lesson: TeachJob, device: torch.device) -> Manifest:
+
+def teach(folder: Path, identity: Identity, job: TeachJob, device: torch.device) -> Manifest:
     """Compute what is missing of a targets folder and seal it; every rank calls this.
 
     Raises:
         UserError: the folder belongs to something else, the disk is full, or the bound on the distortion is not met.
     """
-    sealed, samples, per_shard = None, lesson.samples, lesson.samples_per_shard
+    sealed, samples, per_shard = None, job.samples, job.samples_per_shard
     if distributed.rank() == 0:
         found = state(folder, identity)
         if found in ("sealed", "unsealed"):  # what was stored once stays, on its own grid of shards
@@ -80,38 +84,38 @@ def teach(folder: Path, identity: Identity, lesson: TeachJob, device: torch.devi
     sealed, samples, per_shard = distributed.broadcast_object((sealed, samples, per_shard))
     if sealed is not None:
         return sealed
-    lesson = replace(lesson, samples=samples, samples_per_shard=per_shard)
+    job = replace(job, samples=samples, samples_per_shard=per_shard)
     shards = ShardFolder(folder, samples, per_shard)
     claims = shared(shards)
     if claims.left:
-        fill(shards, claims, lesson, device)
+        fill(shards, claims, job, device)
 
     def seal() -> Manifest:
         for path in folder.glob("*.kit"):
             if not shards.fits(path.name):  # the last, partial shard of another length; whole ones serve a longer run
                 path.unlink(missing_ok=True)
-        return seal_targets(folder, identity, TargetFacts(samples, per_shard, lesson.header))
+        return seal_targets(folder, identity, TargetFacts(samples, per_shard, job.header))
 
     return sealed_by_one(claims, seal, f"teach {folder.name}")
 
 
-def fill(shards: ShardFolder, claims: Claims, lesson: TeachJob, device: torch.device) -> None:
+def fill(shards: ShardFolder, claims: Claims, job: TeachJob, device: torch.device) -> None:
     """Compute shards until all are there; every rank calls this.
 
     Raises:
         UserError: as `teach`.
         Stopped: it was asked for.
     """
-    folder, total = Path(shards.folder), lesson.samples
-    with heartbeat.lengthy(f"teach {folder.name}: loading models.{lesson.teacher_name}"):
-        teacher = lesson.teacher(device)
-    done, shown = max(total - len(claims.left) * lesson.samples_per_shard, 0), distributed.rank() == 0
+    folder, total = Path(shards.folder), job.samples
+    with heartbeat.lengthy(f"teach {folder.name}: loading models.{job.teacher_name}"):
+        teacher = job.teacher(device)
+    done, shown = max(total - len(claims.left) * job.samples_per_shard, 0), distributed.rank() == 0
     try:
         with torch.inference_mode(), Progress(f"teach {folder.name}", total, "sequences", done, shown) as progress:
             while (number := teacher.group.task(lambda: claims.next(teacher.group.backs_up))) is not None:
-                start = number * lesson.samples_per_shard
-                samples = np.arange(start, min(start + lesson.samples_per_shard, total))
-                there = min(claims.count() * lesson.samples_per_shard, total) if shown else 0
+                start = number * job.samples_per_shard
+                samples = np.arange(start, min(start + job.samples_per_shard, total))
+                there = min(claims.count() * job.samples_per_shard, total) if shown else 0
 
                 def told(here: int, number: int = number, count: int = len(samples), there: int = there) -> bool:
                     """Say how far this shard is; whether it is still wanted."""
@@ -120,25 +124,25 @@ def fill(shards: ShardFolder, claims: Claims, lesson: TeachJob, device: torch.de
                     progress.advance(0)
                     return not claims.there(number)
 
-                blocks = compute(teacher, lesson, samples, device, told)
+                blocks = compute(teacher, job, samples, device, told)
                 if blocks is not None and teacher.group.leads:
-                    place = f"models.{lesson.teacher_name}: its targets from sample {start} on"
+                    place = f"models.{job.teacher_name}: its targets from sample {start} on"
                     lost = Distortion.of(block.distortion_n for block in blocks)
-                    check_bound(lost, lesson.bound, lesson.codec.quantum, place)
-                    store(folder / shards.name(number), lesson, start, blocks)
+                    check_bound(lost, job.bound, job.codec.quantum, place)
+                    store(folder / shards.name(number), job, start, blocks)
             progress.reach(total)
     finally:
         teacher.close()
 
 
-def store(path: Path, lesson: TeachJob, start: int, blocks: list[FrameBlock]) -> None:
+def store(path: Path, job: TeachJob, start: int, blocks: list[FrameBlock]) -> None:
     """Write a shard, which another rank may be writing too.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     try:
-        write_shard(path, lesson.header, start, blocks)
+        write_shard(path, job.header, start, blocks)
     except UserError:
         if not path.exists():  # it was written by another rank, and its sealing has tidied up here
             raise
@@ -155,7 +159,7 @@ def complete(folder: Path, samples: int) -> bool:
 
 
 def compute(
-    teacher: Teacher, lesson: TeachJob, samples: np.ndarray, device: torch.device, told: Callable[[int], bool]
+    teacher: Teacher, job: TeachJob, samples: np.ndarray, device: torch.device, told: Callable[[int], bool]
 ) -> list[FrameBlock] | None:
     """The frames of the given samples, compressed in threads while the teacher goes on.
 
@@ -171,19 +175,19 @@ def compute(
     """
     blocks: list[FrameBlock] = []
     waiting: deque[Future[FrameBlock]] = deque()
-    place, begin = f"models.{lesson.teacher_name}", 0
+    place, begin = f"models.{job.teacher_name}", 0
     with ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders:
         while begin < len(samples):
             if not teacher.group.goes_on(told(begin)):
                 return None
             chosen = samples[begin : begin + teacher.micro_batch.size]
-            answer = ask(teacher, lesson, chosen, device)
+            answer = ask(teacher, job, chosen, device)
             if answer is None:
                 teacher.micro_batch.failed(len(chosen), place)
                 continue
             planes, distortion_n, view = answer
             if teacher.group.leads:
-                waiting.append(encoders.submit(_pack, lesson, planes, distortion_n, view))
+                waiting.append(encoders.submit(_pack, job, planes, distortion_n, view))
             if len(waiting) > ENCODERS:
                 blocks.append(waiting.popleft().result())
             begin += len(chosen)
@@ -192,7 +196,7 @@ def compute(
 
 
 def ask(
-    teacher: Teacher, lesson: TeachJob, samples: np.ndarray, device: torch.device
+    teacher: Teacher, job: TeachJob, samples: np.ndarray, device: torch.device
 ) -> tuple[Planes, np.ndarray, View] | None:
     """What a teacher says at samples, computed at once: packed rows, what packing cost each (nats), and what
     the teacher saw; None: memory was short.
@@ -200,32 +204,32 @@ def ask(
     Raises:
         UserError: the teacher's prediction is not a number.
     """
-    sequences, views = lesson.stream.pairs(samples)
-    view = lesson.viewer(lesson.tokens.train[sequences], sequences, views)
+    sequences, views = job.stream.pairs(samples)
+    view = job.viewer(job.tokens.train[sequences], sequences, views)
     rows = np.flatnonzero(view.loss_mask_BS)
     labels = view.labels_BS.reshape(-1)[rows]
-    draw_key = derive_key("draw", lesson.stream.seed, lesson.stream.corpus)
-    drawn = uniforms(draw_key, sequences, views, rows, view, lesson.selection)
+    draw_key = derive_key("draw", job.stream.seed, job.stream.corpus)
+    drawn = uniforms(draw_key, sequences, views, rows, view, job.selection)
     arrays = (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64), drawn)
     began = time.perf_counter()
     try:
         found = teacher.predict(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
         broken = bool(torch.isnan(found.scalars["truth"]).any())
-        planes, distortion_n = planes_of(found, lesson.codec), found.distortion_N.cpu().numpy()
+        planes, distortion_n = planes_of(found, job.codec), found.distortion_N.cpu().numpy()
     except torch.OutOfMemoryError:
         return None
     if broken:
         raise UserError(
-            f"models.{lesson.teacher_name}: a prediction is not a number at sample {samples[0]} of its "
+            f"models.{job.teacher_name}: a prediction is not a number at sample {samples[0]} of its "
             "corpus; the teacher's weights are broken, or too large for inference.precision"
         )
     teacher.micro_batch.took(len(samples), time.perf_counter() - began)
     return planes, distortion_n, view
 
 
-def _pack(lesson: TeachJob, planes: Planes, distortion_n: np.ndarray, view: View) -> FrameBlock:
+def _pack(job: TeachJob, planes: Planes, distortion_n: np.ndarray, view: View) -> FrameBlock:
     ends = np.cumsum(view.loss_mask_BS.sum(axis=1))
-    return pack_block(lesson.codec, planes, ends, lesson.viewer.digests(view), distortion_n)
+    return pack_block(job.codec, planes, ends, job.viewer.digests(view), distortion_n)
 
 
 def uniforms(

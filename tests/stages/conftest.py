@@ -1,0 +1,37 @@
+"""Whole runs under the real launcher, each made once for the tests that look at it."""
+
+import pytest
+from helpers.commands import ki_ds, write
+from helpers.pipelines import GRAPH, MASKED, SELECTIONS, STORED, TEXT
+
+
+@pytest.fixture(scope="session")
+def selections(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("selections")
+    (folder / "a.txt").write_text(TEXT)
+    file = write(folder / "e.json", SELECTIONS)
+    ki_ds("run", file, "--workdir", folder / "work")
+    return file, folder / "work"
+
+
+@pytest.fixture
+def stored(selections):
+    """The file of an experiment that reads the predictions of another one."""
+    file, _ = selections
+    return write(file.parent / "stored.json", STORED)
+
+
+@pytest.fixture(scope="session")
+def graph(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("graph")
+    file = write(folder / "graph.json", GRAPH)
+    output = ki_ds("run", file, "--workdir", folder / "work")
+    return file, folder / "work", output
+
+
+@pytest.fixture(scope="session")
+def masked(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("masked")
+    file = write(folder / "masked.json", MASKED)
+    ki_ds("run", file, "--workdir", folder / "work")
+    return file, folder / "work"
