@@ -4,6 +4,8 @@ import ast
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import pytest
+
 import ki_ds
 
 ROOT = Path(ki_ds.__file__).parent
@@ -62,6 +64,24 @@ def test_imports_run_downwards():
     edges = [(one, other) for one, others in graph().items() for other in others if "ki_ds" not in (one, other)]
     upwards = [f"{one} imports {other}" for one, other in edges if layer(other) < layer(one)]
     assert len(upwards) <= UPWARDS, upwards
+
+
+MAY_IMPORT = {
+    "deepspeed": ("engine.", "teaching.", "launch.", "models.partitioned", "doctor"),
+    "triton": ("kernels.device", "kernels.loss.triton_loss", "kernels.select.triton_select"),
+}
+
+
+@pytest.mark.parametrize("library", MAY_IMPORT)
+def test_few_import_what_not_every_machine_has(library):
+    found = set()
+    for file in ROOT.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            if any(name.split(".")[0] == library for name in names):
+                found.add(name_of(file).removeprefix("ki_ds."))
+    assert found and all(name.startswith(MAY_IMPORT[library]) for name in found)
 
 
 def test_files_are_short_and_few_lie_loose():

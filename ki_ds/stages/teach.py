@@ -24,7 +24,9 @@ from ki_ds.stages.stage import Refusals, Stage, viewing
 from ki_ds.stages.tokenizer import expected
 from ki_ds.targets.header import Origin
 from ki_ds.targets.spec import TargetSpec
+from ki_ds.teaching import checks
 from ki_ds.teaching import teacher as teachers
+from ki_ds.teaching.batch_size import MICRO_BATCH
 from ki_ds.teaching.job import TeachJob, complete, teach
 from ki_ds.workspace import Workspace
 
@@ -89,7 +91,7 @@ class Teach(Stage):
         e, teacher = space.experiment, wanted_targets(space.experiment, self.name).teacher
         tokenizer = refusals.gather(expected, space)
         config = None if tokenizer is None else refusals.gather(models.configuration, space, teacher, tokenizer)
-        refusals.gather(teachers.check, e.inference, ranks, {} if config is None else {teacher: config}, e.objective)
+        refusals.gather(checks.check, e.inference, ranks, {} if config is None else {teacher: config}, e.objective)
         refusals.gather(lambda: space.inference_config)
 
     def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
@@ -103,7 +105,7 @@ class Teach(Stage):
             tokens=samples * e.sequence_length,
             flops=samples * model_cost(e, config).flops_per_sequence,
             bytes=samples * rows_per_sequence(e) * (10 + wanted.spec.selection.k * per_entry),
-            memory=memory.inference(config, e.objective, teachers.MICRO_BATCH, e.sequence_length, room.gpu),
+            memory=memory.inference(config, e.objective, MICRO_BATCH, e.sequence_length, room.gpu),
         )
 
     def run(self, space: Workspace) -> None:
@@ -125,11 +127,11 @@ class Teach(Stage):
             )
         codec = spec.codec(size)
         configuration = models.configuration(space, wanted.teacher, space.tokenizer)
-        teachers.check(e.inference, distributed.world_size(), {wanted.teacher: configuration}, e.objective)
+        checks.check(e.inference, distributed.world_size(), {wanted.teacher: configuration}, e.objective)
 
         def teacher(device: torch.device) -> teachers.Teacher:
             if distributed.rank() == 0:
-                say(f"  {self}: selection runs {chosen(device, teachers.DTYPES[e.inference.precision])}")
+                say(f"  {self}: selection runs {chosen(device, checks.DTYPES[e.inference.precision])}")
 
             def load(dtype: torch.dtype) -> Any:
                 return models.finished(space, wanted.teacher, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -18,19 +18,12 @@ from ki_ds.errors import UserError, reason
 from ki_ds.experiment.schema import Inference
 from ki_ds.kernels.select.eager import Predictions, select_targets
 from ki_ds.launch import distributed
-from ki_ds.models import flops
 from ki_ds.models.language_model import LanguageModel
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.selection import Selection
+from ki_ds.teaching.batch_size import MICRO_BATCH, REMEDY, MicroBatchFinder
+from ki_ds.teaching.checks import DTYPES
 from ki_ds.teaching.parallel import Partitioned, Replicated, TensorParallel
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MICRO_BATCH = 16  # sequences
-WORTH = 1.05  # so much faster must twice the micro-batch be, to be kept
-REMEDY = (
-    'Expected more memory, or in "inference" of the experiment file: "precision": "bf16", or "tensor_parallel": 2 or '
-    'more, or "engine": a DeepSpeed JSON with ZeRO stage 3'
-)
 
 
 class Predictor(nn.Module):
@@ -52,112 +45,13 @@ class Predictor(nn.Module):
         )  # fmt: skip
 
 
-# ------------------------------------------------------------------------------------- before anything runs
-
-
-def check(settings: Inference, processes: int, teachers: Mapping[str, Any], objective: str) -> None:
-    """Check that teachers can be run as the experiment's `inference` says.
-
-    Args:
-        teachers: Hugging Face configurations by the models' names.
-
-    Raises:
-        UserError: the ranks cannot be grouped, the machine lacks the precision, or a teacher cannot be cut.
-    """
-    size = settings.tensor_parallel
-    if processes % size:
-        raise UserError(
-            f"inference.tensor_parallel: {size} does not divide the {processes} processes; expected a divisor, or "
-            f"--processes with a multiple of {size}"
-        )
-    if settings.precision != "fp32":
-        _check_precision(settings.precision)
-    for name, config in teachers.items() if size > 1 else ():
-        _check_tensor_parallel(config, objective, size, f"models.{name}")
-
-
-def _check_precision(precision: str) -> None:
-    from deepspeed.accelerator import get_accelerator
-
-    found = get_accelerator().supported_dtypes()
-    if DTYPES[precision] not in found:
-        able = [name for name in ("bf16", "fp32") if DTYPES[name] in found and name != precision]
-        raise UserError(
-            f'inference.precision: this machine ({get_accelerator().device_name()}) cannot compute in "{precision}"; '
-            f"expected {' or '.join(able)}"
-        )
-
-
-def _check_tensor_parallel(config: Any, objective: str, size: int, place: str) -> None:
-    from deepspeed.module_inject.auto_tp import AutoTP
-
-    outline = flops.outline(config, objective)
-    try:
-        AutoTP.tp_parser(outline)
-    except AssertionError:
-        raise UserError(
-            f"{place}: DeepSpeed cannot cut a {config.model_type} model for inference.tensor_parallel {size}; expected "
-            "1, or inference.engine with ZeRO stage 3"
-        ) from None
-    for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(config, name, None)
-        if isinstance(heads, int) and heads % size:
-            raise UserError(f"{place}: {name} is {heads}; expected inference.tensor_parallel {size} to divide it")
-
-
-# -------------------------------------------------------------------------------------------- micro-batches
-
-
-class MicroBatch:
-    """How many sequences are computed at once: a fixed number, or found by doubling."""
-
-    def __init__(self, size: int, growing: bool, halving: bool):
-        self.size, self.growing, self.halving = size, growing, halving
-        self.rates: dict[int, float] = {}  # sequences a second, the best of two
-        self.seen = 0
-
-    def took(self, sequences: int, seconds: float) -> None:
-        """Hear how long a micro-batch took, and double the size while that pays."""
-        if not self.growing or sequences < self.size:
-            return
-        self.rates[self.size] = max(self.rates.get(self.size, 0.0), sequences / max(seconds, 1e-9))
-        self.seen += 1
-        if self.seen < 2:  # the first of a size may pay for what later ones find ready
-            return
-        self.seen = 0
-        if self.size // 2 in self.rates and self.rates[self.size] < WORTH * self.rates[self.size // 2]:
-            self.size, self.growing = self.size // 2, False
-        else:
-            self.size *= 2
-
-    def failed(self, sequences: int, place: str) -> None:
-        """Hear that memory was short for so many sequences; the next try is for half of them.
-
-        Raises:
-            UserError: there is nothing to halve.
-        """
-        if not self.halving:
-            raise UserError(
-                f"{place}: memory was short for {sequences} sequences at once. Expected a smaller "
-                "inference.micro_batch_size"
-            )
-        if sequences == 1:
-            raise UserError(f"{place}: memory was short for a single sequence. {REMEDY}")
-        self.size, self.growing = sequences // 2, False
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
-
-
-# ---------------------------------------------------------------------------------------------------- engines
-
-
 @dataclass
 class Teacher:
     """A teacher that is ready to be asked."""
 
     predict: Callable[..., Predictions]  # of a Predictor's arguments
     group: Replicated | TensorParallel | Partitioned
-    micro_batch: MicroBatch
+    micro_batch: MicroBatchFinder
     close: Callable[[], None]
 
 
@@ -197,7 +91,7 @@ def teacher(
         raise UserError(f"{place}: memory is short for the teacher itself ({reason(error)}). {REMEDY}") from None
     own = settings.micro_batch_size
     growing = group.adapts and own is None and device.type == "cuda"
-    micro_batch = MicroBatch(own or MICRO_BATCH, growing, group.adapts)
+    micro_batch = MicroBatchFinder(own or MICRO_BATCH, growing, group.adapts)
     return Teacher(engine, group, micro_batch, engine.destroy if config is not None else lambda: None)
 
 

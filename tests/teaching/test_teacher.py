@@ -15,8 +15,9 @@ from ki_ds.stages import pipeline
 from ki_ds.stages.teach import Teach
 from ki_ds.teaching import job as teach
 from ki_ds.teaching import teacher as inference
+from ki_ds.teaching.batch_size import MICRO_BATCH
 from ki_ds.teaching.parallel import Replicated
-from ki_ds.teaching.teacher import MICRO_BATCH, MicroBatch, Teacher
+from ki_ds.teaching.teacher import MicroBatchFinder, Teacher
 
 ZERO3 = {"zero_optimization": {"stage": 3}}
 CPU = torch.device("cpu")
@@ -150,37 +151,37 @@ def computed(real, most, micro_batch, samples=100):
 
 
 def test_memory_that_runs_short_halves_the_micro_batch_and_loses_nothing(real):
-    sizes, found, told = computed(real, 5, MicroBatch(16, False, True))
+    sizes, found, told = computed(real, 5, MicroBatchFinder(16, False, True))
     assert sizes[:4] == [16, 8, 4, 4] and set(sizes[2:]) == {4}
     assert told[:4] == [0, 0, 0, 4] and told[-1] == 96
-    assert found == computed(real, 100, MicroBatch(4, False, True))[1]
+    assert found == computed(real, 100, MicroBatchFinder(4, False, True))[1]
 
 
 def test_last_short_micro_batch_is_halved_too(real):
-    micro_batch = MicroBatch(16, False, True)
+    micro_batch = MicroBatchFinder(16, False, True)
     sizes, _, _ = computed(real, 2, micro_batch, 3)
     assert sizes == [3, 1, 1, 1] and micro_batch.size == 1
 
 
 def test_memory_too_short_for_one_sequence_names_the_remedies(real):
     with pytest.raises(UserError, match=r"models.t: memory was short for a single.*bf16.*tensor_parallel.*ZeRO"):
-        computed(real, 0, MicroBatch(16, True, True))
+        computed(real, 0, MicroBatchFinder(16, True, True))
 
 
 def test_ranks_that_compute_together_do_not_halve(real):
     with pytest.raises(UserError, match=r"short for 16 sequences at once. Expected a smaller inference"):
-        computed(real, 10, MicroBatch(16, False, False))
+        computed(real, 10, MicroBatchFinder(16, False, False))
 
 
 def test_micro_batch_grows_until_memory_is_short(real, monkeypatch):
     clock = iter(range(1000))
     monkeypatch.setattr(teach.time, "perf_counter", lambda: float(next(clock)))  # any size takes one second
-    sizes, _, _ = computed(real, 100, MicroBatch(16, True, True), 600)
+    sizes, _, _ = computed(real, 100, MicroBatchFinder(16, True, True), 600)
     assert sizes == [16, 16, 32, 32, 64, 64, 128, *[64] * 5, 56]
 
 
 def test_micro_batch_stops_growing_where_it_does_not_pay():
-    micro_batch, tried = MicroBatch(16, True, True), []
+    micro_batch, tried = MicroBatchFinder(16, True, True), []
     while micro_batch.growing:
         tried.append(micro_batch.size)
         first = len(tried) % 2 == 1
@@ -191,7 +192,7 @@ def test_micro_batch_stops_growing_where_it_does_not_pay():
 
 
 def test_shorter_micro_batches_say_nothing_about_the_size():
-    micro_batch = MicroBatch(16, True, True)
+    micro_batch = MicroBatchFinder(16, True, True)
     for _ in range(5):
         micro_batch.took(7, 1.0)
     assert micro_batch.size == 16
@@ -206,7 +207,7 @@ def test_on_a_cpu_the_size_is_fixed(file, real):
 def test_shard_that_somebody_else_has_written_is_left(real):
     short = Short(real[1].predict, 100)
     left = iter([True, True, False])
-    teacher = Teacher(short, Replicated(), MicroBatch(16, False, True), lambda: None)
+    teacher = Teacher(short, Replicated(), MicroBatchFinder(16, False, True), lambda: None)
     assert teach.compute(teacher, real[0], np.arange(100), CPU, lambda here: next(left)) is None
     assert short.sizes == [16, 16]
 
@@ -215,7 +216,7 @@ def test_a_wish_to_stop_ends_the_work_at_the_next_micro_batch(real, monkeypatch)
     wishes = iter([False, False, True])
     monkeypatch.setattr(heartbeat, "asked_to_stop", lambda: next(wishes))
     with pytest.raises(heartbeat.Stopped):
-        computed(real, 100, MicroBatch(16, False, True))
+        computed(real, 100, MicroBatchFinder(16, False, True))
 
 
 # ------------------------------------------------------------------------------------------------------ precision
