@@ -7,11 +7,7 @@ import torch
 from ki_ds.errors import UserError
 
 MICRO_BATCH = 16  # sequences
-
-
 WORTH = 1.05  # so much faster must twice the micro-batch be, to be kept
-
-
 REMEDY = (
     'Expected more memory, or in "inference" of the experiment file: "precision": "bf16", or "tensor_parallel": 2 or '
     'more, or "engine": a DeepSpeed JSON with ZeRO stage 3'

@@ -34,21 +34,21 @@ class CorpusReader:
         sequences, views = self.stream.pairs(samples_B)
         return self.viewer(self.tokens[sequences], sequences, views)
 
-    def prove_alignment(self, stored_B: np.ndarray, view: View, targets: Targets) -> None:
+    def prove_alignment(self, folder: Place, stored_B: np.ndarray, view: View, targets: Targets) -> None:
         """Compare what the teacher saw with what the student is about to see.
 
         Args:
-            stored_B: the samples that the targets were read at.
+            folder: of the targets.
+            stored_B: the samples that they were read at.
 
         Raises:
             UserError: they differ; names the first sample.
         """
-        assert self.targets is not None
         shown = zip(self.viewer.digests(view).tolist(), view.loss_mask_BS.sum(axis=1).tolist(), strict=True)
         seen = zip(targets.digests, targets.rows, strict=True)
         for sample, theirs, ours in zip(stored_B.tolist(), seen, shown, strict=True):
             if theirs != ours:
-                raise misaligned(self.targets.folder, sample, self.name)
+                raise misaligned(folder, sample, self.name)
 
 
 class Loader:
@@ -115,7 +115,7 @@ class Loader:
             view = reader.view(own_samples_B[here])
             inputs_BS[here], loss_mask_BS[here], labels_BS[here] = view.inputs_BS, view.loss_mask_BS, view.labels_BS
             if alpha > 0 and reader.targets is not None:
-                read.append((here, reader.targets.codec, self._read(reader, own_samples_B[here], view)))
+                read.append((here, reader.targets.codec, self._read(reader, reader.targets, own_samples_B[here], view)))
         rows_N = np.flatnonzero(loss_mask_BS)
         targets = alpha_N = None
         if read:
@@ -132,13 +132,12 @@ class Loader:
             alpha_N,
         )
 
-    def _read(self, reader: CorpusReader, samples_B: np.ndarray, view: View) -> Planes:
-        assert reader.targets is not None
+    def _read(self, reader: CorpusReader, targets: ShardFolder, samples_B: np.ndarray, view: View) -> Planes:
         began = time.perf_counter()
         stored_B = reader.stream.first_samples(samples_B)
-        found = reader.targets.read(stored_B)
+        found = targets.read(stored_B)
         self.reading_s += time.perf_counter() - began
-        reader.prove_alignment(stored_B, view, found)
+        reader.prove_alignment(targets.folder, stored_B, view, found)
         return found.planes
 
 
