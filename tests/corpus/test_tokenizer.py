@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 import pytest
-from helpers.tokenizers import KNOWN, OBJECTIVES, TRAINED, texts
+from helpers.trained_tokenizers import KNOWN, OBJECTIVES, TRAINED, texts
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.tokenizers import KNOWN, OBJECTIVES, texts
+from helpers.trained_tokenizers import KNOWN, OBJECTIVES, texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

@@ -30,7 +30,7 @@ def run_ranks(function, world_size, *arguments, logs=None, timeout_s=200):
         folder = Path(temporary)
         call = (function.__code__.co_filename, function.__name__, arguments)
         (folder / "call").write_bytes(pickle.dumps(call))
-        with ranks([[__file__, folder]] * world_size, logs or folder) as processes:
+        with ranks([["-m", "helpers.ranks", folder]] * world_size, logs or folder) as processes:
             limit = time.monotonic() + timeout_s
             while not all(process.poll() == 0 for process in processes):
                 if any(process.poll() for process in processes) or time.monotonic() > limit:
