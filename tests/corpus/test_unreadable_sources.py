@@ -67,9 +67,9 @@ def test_unreadable_file(tmp_path, monkeypatch):
 
 
 def test_missing_backend(monkeypatch):
-    monkeypatch.setitem(module.known_implementations, "s3", {"class": "s3absent.S3", "err": "Install s3absent"})
-    assert "sources.0.text: s3://b/x cannot be listed: Install s3absent; run `pip install s3absent`" in failure(
-        TextSource(text="s3://b/x")
+    monkeypatch.setitem(module.known_implementations, "s9", {"class": "s9absent.S9", "err": "Install s9absent"})
+    assert "sources.0.text: s9://b/x cannot be listed: Install s9absent; run `pip install s9absent`" in failure(
+        TextSource(text="s9://b/x")
     )
     absent = {"class": "fsspec.implementations.absent.Smb", "err": "needs smbprotocol"}
     monkeypatch.setitem(module.known_implementations, "smb2", absent)

@@ -37,11 +37,11 @@ def test_optimizer_that_the_engine_cannot_run(changes, config, message):
 
 
 def test_identity_names_the_optimizer_only_where_it_is_not_the_default():
-    def shaping(**changes):
+    def shaped(**changes):
         return shaping(Model(architecture="gpt-tiny", train=settings(**changes)))["train"]
 
-    assert "optimizer" not in shaping()
-    assert shaping(optimizer="lamb") == {**shaping(), "optimizer": "lamb"}
+    assert "optimizer" not in shaped()
+    assert shaped(optimizer="lamb") == {**shaped(), "optimizer": "lamb"}
 
 
 def test_offload_and_the_types_choose_the_implementation(monkeypatch):

@@ -60,12 +60,12 @@ def test_signal_saves_and_asks_for_another_start(undisturbed, work):
 
 
 def test_rank_that_hangs_is_named(undisturbed, work):
-    with train(undisturbed, work, "--timeout", 0.2) as run:
+    with train(undisturbed, work, "--timeout", 0.4) as run:
         run.until(lambda: steps_done(work) > 30)
         hung = run.rank(1)
         os.kill(hung, signal.SIGSTOP)
         output = run.end(1)
-    assert f"process {hung}): no sign of life for 12s; last: train s: step" in output
+    assert f"process {hung}): no sign of life for 24s; last: train s: step" in output
     assert "rank 1 (host " in output
     assert "rank 0 (host" not in output
 
