@@ -11,6 +11,7 @@ from ki_ds.engine import checkpoints, optimizers
 from ki_ds.engine.config import EngineConfig
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Model
+from ki_ds.stages.train import shaping
 
 BARE = {"zero_optimization": {"stage": 0}}
 
