@@ -259,6 +259,9 @@ def test_k_larger_than_the_vocabulary(refused, given_model):
     assert "models.s.inherit.targets.k: found 301; expected at most the vocabulary size, 300" in refused(given)
 
 
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.timeout(600)
 def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, capsys):
     """A given (padded) teacher teaches; then each kind of damage stops the student with a name and a remedy."""
     (tmp_path / "a.txt").write_text(TEXT)

@@ -23,6 +23,7 @@ def offloaded(stage, parameters=False):
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.timeout(600)  # the first of them compiles CPUAdam: 40 s on a quiet machine
 @pytest.mark.parametrize(("stage", "parameters"), [(1, False), (2, False), (3, False), (3, True)])
 def test_offload_equals_none(stage, parameters):
@@ -38,6 +39,7 @@ def test_offload_equals_none(stage, parameters):
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
     ("before", "after"),
@@ -67,6 +69,7 @@ def test_run_goes_on_with_offload_or_without(before, after, tmp_path):
 
 
 @compiled
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("stage", [2, 3])
 def test_offloaded_run_is_resumed(stage, tmp_path):

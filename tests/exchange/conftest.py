@@ -3,8 +3,8 @@
 import shutil
 
 import pytest
-from helpers.commands import write
-from helpers.exchange import EXPERIMENT, SAMPLES, answer, here, run, save
+from helpers.commands import here, write
+from helpers.exchange import EXPERIMENT, SAMPLES, answer, run, save
 
 
 @pytest.fixture(scope="session")

@@ -3,12 +3,16 @@
 import json
 import shutil
 
+import pytest
 from helpers.commands import folder_digest, ki_ds, write
 from helpers.exchange import EXPERIMENT, TRAIN, damage, run
 
 from ki_ds.targets.manifest import open_folder
 
 
+@pytest.mark.slow
+@pytest.mark.launch
+@pytest.mark.timeout(600)
 def test_student_of_imported_predictions_trains_and_repair_leads_to_the_same_bytes(world, tmp_path):
     """A student of the imported folder; and a taught folder, damaged and repaired, of which one shard is computed."""
     root, _, _ = world

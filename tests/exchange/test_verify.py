@@ -4,9 +4,9 @@ import json
 
 import numpy as np
 import pytest
-from helpers.commands import folder_digest, write
+from helpers.commands import folder_digest, here, write
 from helpers.documents import documentation
-from helpers.exchange import EXPERIMENT, damage, here, rewritten, run
+from helpers.exchange import EXPERIMENT, damage, rewritten, run
 
 from ki_ds.targets.manifest import open_folder
 

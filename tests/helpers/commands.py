@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import io
 import json
 import os
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+
+import pytest
 
 LAUNCHER = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SCHEDULERS = ("OMPI_", "PMIX_", "SLURM_")
@@ -30,6 +33,17 @@ def ki_ds(*arguments, code=0, cwd=None):
     )
     assert done.returncode == code, f"exit code {done.returncode}, expected {code}\n{done.stdout}"
     return done.stdout
+
+
+def here(*arguments, code=0):
+    """What a `ki-ds` command that starts no rank says, in this process."""
+    from ki_ds.cli.main import main
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
+        main([*map(str, arguments)])
+    assert (end.value.code or 0) == code, said.getvalue()
+    return said.getvalue()
 
 
 def killed(*arguments, when, alone=False, timeout_s=120):

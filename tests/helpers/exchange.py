@@ -1,15 +1,11 @@
 """A small corpus, a teacher elsewhere that answers about it, and `ki-ds targets` in this process."""
 
-import contextlib
-import io
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import pytest
 
+from helpers.commands import here
 from helpers.documents import documentation
-from ki_ds.cli import main as cli
 from ki_ds.targets.manifest import open_folder
 
 TRAIN = {"on": {"a": 1.0}, "steps": 4, "batch_size": 8, "learning_rate": 1e-2, "dropout": 0.0}
@@ -60,15 +56,6 @@ def save(rows, path):
 def run(*arguments, code=0):
     """What a `ki-ds targets` command says, in this process: each would take seconds to start."""
     return here("targets", *arguments, code=code)
-
-
-def here(*arguments, code=0):
-    """What a `ki-ds` command that starts no rank says, in this process."""
-    said = io.StringIO()
-    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said), pytest.raises(SystemExit) as end:
-        cli.main([*map(str, arguments)])
-    assert (end.value.code or 0) == code, said.getvalue()
-    return said.getvalue()
 
 
 def imported(world, rows, tmp_path, code=2):

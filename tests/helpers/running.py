@@ -43,7 +43,7 @@ class Running:
             self.everything()
             assert self.process.poll() is None, f"ended too early:\n{self.output}"
             assert time.monotonic() < self.limit, f"never came so far:\n{self.output}"
-            time.sleep(0.01)
+            time.sleep(0.1)  # looking for processes costs a good part of a core
 
     def rank(self, number):
         """The process id of a rank."""

@@ -20,7 +20,7 @@ def undisturbed(tmp_path_factory):
     models = {
         "t": {"train": {"steps": 5}},
         "s": {
-            "train": {"steps": STEPS, "checkpoint_every": 25, "evaluate_every": 100},
+            "train": {"steps": STEPS, "learning_rate": 1e-3, "checkpoint_every": 25, "evaluate_every": 100},
             "inherit": {"alpha_T": None, "teacher_steps": 60},
         },
     }

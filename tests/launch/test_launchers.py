@@ -13,7 +13,11 @@ from helpers.slurm import srun, stand_in
 
 from ki_ds.launch.distributed import free_port
 
-pytestmark = [pytest.mark.launch, pytest.mark.timeout(400)]  # the first: with the run that all are compared to
+pytestmark = [
+    pytest.mark.launch,
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
+]  # the first: with the run that all are compared to
 
 RUNNERS = Path(__file__).parents[2] / "runners"
 MPIRUN = ["mpirun", "--allow-run-as-root", "--oversubscribe", "--bind-to", "none", "-n", "2"]

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from helpers.commands import ki_ds, metrics
+from helpers.commands import here, metrics
 from helpers.pipelines import (
     GRAPH,
 )
@@ -105,7 +105,7 @@ def test_nothing_is_done_twice(graph):
     before = {
         path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file() and "report" not in path.parts
     }
-    output = ki_ds("run", file, "--workdir", work)
+    output = here("run", file, "--workdir", work)
     assert output.count("done before") == len(GRAPH["models"]) * 2 + 3 + 3
     after = {path: path.stat().st_mtime_ns for path in work.rglob("*") if path.is_file() and "report" not in path.parts}
     assert before == after
@@ -122,7 +122,7 @@ def test_no_pickle_travels(graph):
 
 def test_report_of_another_experiment_is_refused(graph):
     file, work, _ = graph
-    said = ki_ds("report", file, "--workdir", work, "--set", "models.g2.train.learning_rate=0.5", code=2)
+    said = here("report", file, "--workdir", work, "--set", "models.g2.train.learning_rate=0.5", code=2)
     assert "models/g2: made from another experiment" in said
     assert "learning_rate: found 0.005, expected 0.5" in said
 
@@ -133,15 +133,15 @@ def test_finished_models_do_without_their_checkpoints(graph, tmp_path):
     for folder in (tmp_path / "work" / "models").iterdir():
         shutil.rmtree(folder / "checkpoints")
         shutil.rmtree(folder / "tensorboard")
-    assert "done before" in ki_ds("run", file, "--workdir", tmp_path / "work")
+    assert "done before" in here("run", file, "--workdir", tmp_path / "work")
 
 
 def test_status_and_plan(graph):
     file, work, _ = graph
-    output = ki_ds("status", file, "--workdir", work)
+    output = here("status", file, "--workdir", work)
     assert all(line.startswith("sealed") for line in output.splitlines())
     assert "train mixed (10 of 10 steps)" in output
-    output = ki_ds("plan", file, "--workdir", work)
+    output = here("plan", file, "--workdir", work)
     assert "teach g1@a" in output
     line = next(line for line in output.splitlines() if "train g1 " in line)
     assert "2.56k" in line  # 10 steps · 8 sequences · 32 tokens

@@ -72,6 +72,7 @@ def test_killed_training_continues_the_very_same_run(masked, tmp_path):
     assert len(list(checkpoints.glob("step-*"))) == 2
 
 
+@pytest.mark.slow
 def test_teach_killed_three_times_is_byte_identical(masked, tmp_path):
     file, work = masked
     more = ("--set", "models.student.inherit.alpha_T=1.0")  # 320 samples: 20 shards

@@ -3,9 +3,9 @@
 import json
 
 import pytest
+from helpers.commands import here
 from helpers.experiments import written
 
-from ki_ds.cli.main import main
 from ki_ds.experiment.graph import load_experiment
 from ki_ds.planning.costs import Cost
 from ki_ds.sealed import Identity, prepare, read_manifest, seal
@@ -62,29 +62,20 @@ def file(tmp_path, monkeypatch):
     STAGES.remove(Count)
 
 
-def said(capsys, *arguments, code=0):
-    """What ki-ds prints, in this process."""
-    with pytest.raises(SystemExit) as ended:
-        main([*map(str, arguments)])
-    found = capsys.readouterr()
-    assert ended.value.code == code, found.err
-    return found.out + found.err
-
-
-def test_seventh_stage_is_planned_shown_run_sealed_and_skipped(file, tmp_path, capsys):
+def test_seventh_stage_is_planned_shown_run_sealed_and_skipped(file, tmp_path):
     work = tmp_path / "work"
-    plan = said(capsys, "plan", file, "--workdir", work)
+    plan = here("plan", file, "--workdir", work)
     assert "count a" in plan and "4.32k" in plan and "counting is cheap" in plan
-    assert "to do                          count a (half of it)" in said(capsys, "status", file, "--workdir", work)
-    assert "too many to count" in said(capsys, "corpus", file, "--workdir", work, "--processes", 8, code=2)
-    first = said(capsys, "corpus", file, "--workdir", work)
+    assert "to do                          count a (half of it)" in here("status", file, "--workdir", work)
+    assert "too many to count" in here("corpus", file, "--workdir", work, "--processes", 8, code=2)
+    first = here("corpus", file, "--workdir", work)
     assert "count a: done in" in first and first.rstrip().endswith("a is counted") and Count.runs == 1
     assert read_manifest(work / "counts" / "a")["files"] == {
         "counts.json": (work / "counts/a/counts.json").stat().st_size
     }
-    assert "sealed                         count a" in said(capsys, "status", file, "--workdir", work)
-    assert "count a: done before" in said(capsys, "corpus", file, "--workdir", work) and Count.runs == 1
-    longer = said(capsys, "status", file, "--workdir", work, "--set", "sequence_length=16")
+    assert "sealed                         count a" in here("status", file, "--workdir", work)
+    assert "count a: done before" in here("corpus", file, "--workdir", work) and Count.runs == 1
+    longer = here("status", file, "--workdir", work, "--set", "sequence_length=16")
     assert "made from another experiment   corpus a" in longer
 
 

@@ -168,7 +168,16 @@ def wait_until(true, processes):
         time.sleep(0.002)
 
 
-@pytest.mark.parametrize(("victim", "number"), [(0, signal.SIGKILL), (1, signal.SIGKILL), (1, signal.SIGSTOP)])
+@pytest.mark.launch
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("victim", "number"),
+    [
+        (0, signal.SIGKILL),
+        pytest.param(1, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
 def test_one_rank_finishes_what_another_has_begun(clean, tmp_path, victim, number):
     file, expected = clean
     work, folder = file.parent / "work", file.parent / "work" / "targets" / "t@a"
