@@ -183,6 +183,8 @@ def test_stage_whose_input_is_missing(refused):
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a small file system can be mounted by root only")
+@pytest.mark.root
+@pytest.mark.slow
 def test_full_disk_is_named_and_continued(refused, tmp_path):
     small = tmp_path / "work"
     small.mkdir()

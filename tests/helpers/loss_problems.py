@@ -17,6 +17,8 @@ TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 FORMS = {"plain": {}, "everything": dict(padding=5, logit_transform=LogitTransform(0.6, 4.0))}
 NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on a CPU the interpreter runs them
+# what the interpreter takes long for, and test_triton_loss.py proves of any shape, waits for a GPU or the slow tests
+INTERPRETED = (NEEDS_TRITON, *([] if torch.cuda.is_available() else [pytest.mark.slow]))
 LEAVES = ("hidden_ND", "weight_VD", "bias_V")
 
 

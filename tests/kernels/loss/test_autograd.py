@@ -7,9 +7,9 @@ import torch
 from helpers.loss_problems import (
     DEVICE,
     FORMS,
+    INTERPRETED,
     LEAVES,
     MODES,
-    NEEDS_TRITON,
     Largest,
     gradients,
     laid_out,
@@ -22,7 +22,7 @@ from torch.utils.checkpoint import checkpoint
 from ki_ds.kernels import ki_loss
 from ki_ds.kernels.loss import chunked
 
-ALL = [("reference", "cpu"), ("chunked", "cpu"), pytest.param("triton", DEVICE, marks=NEEDS_TRITON)]
+ALL = [("reference", "cpu"), ("chunked", "cpu"), pytest.param("triton", DEVICE, marks=INTERPRETED)]
 FAST = ALL[1:]
 # the interpreter computes in numpy, which warns of what stays behind a mask
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")

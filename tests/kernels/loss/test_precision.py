@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from helpers.loss_problems import DEVICE, FORMS, MODES, NEEDS_TRITON, gradients, problem, widened
+from helpers.loss_problems import DEVICE, FORMS, INTERPRETED, MODES, gradients, problem, widened
 
 from ki_ds.kernels import LogitTransform
 
 MANY = 8192  # rows that a loss is the mean over
-FAST = [("chunked", "cpu"), pytest.param("triton", DEVICE, marks=NEEDS_TRITON)]
+FAST = [("chunked", "cpu"), pytest.param("triton", DEVICE, marks=INTERPRETED)]
 # the interpreter computes in numpy, which warns of what stays behind a mask
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 

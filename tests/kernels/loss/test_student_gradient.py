@@ -75,6 +75,7 @@ def pupil(seed, vocabulary, hidden):
 ROWS, DRAWS, KEPT, SIZE, FINE = 20_000, 16, 4, 24, 1 / 112
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hidden", [0, 5])
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0, 4.0])
 def test_only_sampled_targets_have_the_full_distributions_gradient_in_the_mean(temperature, hidden):

@@ -321,6 +321,7 @@ def test_impossible_ids_at_either_end_are_never_drawn(u):
     assert (counts[:, 0] == 4).all() and torch.isfinite(logits.gather(1, ids[:, :1])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", TEMPERATURES)
 def test_marginals_are_the_tempered_distribution(temperature):
     """400,000 draws: Pearson's statistic, of mean V - 1 and variance 2 (V - 1), within 4.5 deviations of its mean."""
