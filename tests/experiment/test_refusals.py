@@ -41,6 +41,11 @@ def test_unknown_key_at_every_level_names_its_neighbour(failure, patch, place, m
     assert line.endswith(f'; did you mean "{meant}"?')
 
 
+def test_a_key_of_former_versions_names_its_new_name(failure):
+    (line,) = failure({"positions_per_shard": 8})
+    assert line.startswith("positions_per_shard: unknown key") and 'did you mean "samples_per_shard"?' in line
+
+
 def test_unknown_key_like_no_other_lists_the_allowed_ones_only(failure):
     (line,) = failure({"masking": {"qqqq": 1}})
     assert line == "masking.qqqq: unknown key; allowed: probability, views"
