@@ -43,11 +43,8 @@ class Evaluate(Stage):
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
         tokenizer = refusals.gather(expected, space)
-        if tokenizer is None:
-            return
-        config = refusals.gather(models.configuration, space, self.name, tokenizer)
-        if config is not None and space.experiment.models[self.name].pretrained:
-            refusals.gather(models.check_pretrained, space, self.name, config, tokenizer)
+        if tokenizer is not None:
+            refusals.gather(models.checked_configuration, space, self.name, tokenizer)
 
     def run(self, space: Workspace) -> None:
         identity, device = join(self, space)

@@ -116,6 +116,20 @@ def check_fit(space: Workspace, name: str, config: Any, vocabulary: int) -> None
             raise UserError(f"{place}: it knows {usable} positions, sequence_length is {e.sequence_length}")
 
 
+def checked_configuration(space: Workspace, name: str, tokenizer: TextTokenizer) -> Any:
+    """The same, after checking that the pretrained model that it comes from, if any, fits and has this tokenizer.
+
+    Raises:
+        UserError: as `configuration`, or it does not.
+    """
+    found, origin = configuration(space, name, tokenizer), name
+    while (further := space.experiment.models[origin].start_from) is not None:
+        origin = further
+    if space.experiment.models[origin].pretrained is not None:
+        check_pretrained(space, origin, found, tokenizer)
+    return found
+
+
 def check_pretrained(space: Workspace, name: str, config: Any, tokenizer: TextTokenizer) -> None:
     """Check that a pretrained model fits the experiment and has its tokenizer.
 

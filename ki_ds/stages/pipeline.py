@@ -54,7 +54,9 @@ def preflight(space: Workspace, chosen: Iterable[Stage], ranks: int, here: bool 
     Raises:
         UserError: with every problem found, a line each.
     """
-    refusals = Refusals()
+    refusals, chosen = Refusals(), list(chosen)
+    if any(stage.launched for stage in chosen):
+        refusals.gather(lambda: space.engine_config)
     for stage in chosen:
         stage.refuse(space, ranks, here, refusals)
     refusals.check()

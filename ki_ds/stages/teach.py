@@ -86,13 +86,13 @@ class Teach(Stage):
         return found
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
-        if (space.root / self.folder / MANIFEST).exists():
-            return
         e, teacher = space.experiment, wanted_targets(space.experiment, self.name).teacher
         tokenizer = refusals.gather(expected, space)
-        config = None if tokenizer is None else refusals.gather(models.configuration, space, teacher, tokenizer)
-        refusals.gather(checks.check, e.inference, ranks, {} if config is None else {teacher: config}, e.objective)
-        refusals.gather(lambda: space.inference_config)
+        config = None if tokenizer is None else refusals.gather(models.checked_configuration, space, teacher, tokenizer)
+        if not (space.root / self.folder / MANIFEST).exists():
+            known = {} if config is None else {teacher: config}
+            refusals.gather(checks.check, e.inference, ranks, known, e.objective)
+            refusals.gather(lambda: space.inference_config)
 
     def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
         e, tokenizer = space.experiment, expected(space)

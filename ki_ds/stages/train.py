@@ -89,9 +89,7 @@ class Train(Stage):
         tokenizer = refusals.gather(expected, space)
         if tokenizer is None:
             return
-        config = refusals.gather(models.configuration, space, self.name, tokenizer)
-        if student.model.pretrained and config is not None:
-            refusals.gather(models.check_pretrained, space, self.name, config, tokenizer)
+        refusals.gather(models.checked_configuration, space, self.name, tokenizer)
         wanted = student.model.inherit.targets if student.model.inherit else None
         if wanted and wanted.select != "sampled" and wanted.k > tokenizer.size:
             place = f"{student.place}.inherit.targets.k"

@@ -5,14 +5,17 @@ import math
 import numpy as np
 import pytest
 import torch
-from helpers.teaching import made, opened
+from helpers.teaching import VOCABULARY, made, opened
 
+from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.engine.config import InferenceEngineConfig
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Inference
 from ki_ds.launch import heartbeat
 from ki_ds.stages import pipeline
+from ki_ds.stages.evaluate import Evaluate
 from ki_ds.stages.teach import Teach
+from ki_ds.stages.train import Train
 from ki_ds.teaching import job as teach
 from ki_ds.teaching import teacher as inference
 from ki_ds.teaching.batch_size import MICRO_BATCH
@@ -64,6 +67,17 @@ def preflight(file, *settings):
 def test_what_cannot_run_is_refused_before_anything_runs(file, settings, words):
     with pytest.raises(UserError, match=words):
         preflight(file, *settings)
+
+
+def test_teacher_of_another_tokenizer_is_refused_whichever_stage_is_asked_for(file):
+    """Of as many ids, so that nothing else would show it; also where a student begins from that model."""
+    trained = tokenizers.train([f"quite another text, with the number {n**3}" for n in range(300)], VOCABULARY, "clm")
+    trained.save_pretrained(file.parent / "other")
+    student = ("models.s.architecture=null", "models.s.start_from=t")
+    space = opened(file, file.parent / "elsewhere", "tokenizer.pretrained=other", *student)
+    for kind in (Teach, Train, Evaluate):
+        with pytest.raises(UserError, match=r"models.t.pretrained: .* has another tokenizer"):
+            pipeline.preflight(space, kind.of(space.experiment), 1)
 
 
 def test_heads_that_cannot_be_shared_out_are_refused(llama):
