@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ki_ds.cli.options import File, Scale, Set, open_workspace
 from ki_ds.errors import UserError
 from ki_ds.launch import distributed
 from ki_ds.progress import Progress, say
@@ -18,9 +19,6 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at, ch
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="a targets folder, or its fsspec URL")]
 Workdir = Annotated[Path | None, typer.Option(help="where corpora/ and tokenizer/ are; default: DIR/../..")]
-File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.json", help="the experiment file")]
-Scale = Annotated[str | None, typer.Option(help="apply one of the file's scales")]
-Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")]
 Corpus = Annotated[str, typer.Option(help="the corpus that the predictions are about")]
 
 
@@ -225,13 +223,10 @@ def _corpus(
 ) -> tuple[Any, Any, int]:
     """(workspace, what a teacher is shown, samples of all views)."""
     from ki_ds.exchange.teacher_inputs import TeacherInputs
-    from ki_ds.experiment.graph import load_experiment
-    from ki_ds.workspace import Workspace
 
-    distributed.quiet()
-    experiment = load_experiment(file, scale, tuple(settings or ()))
+    space = open_workspace(file, scale, workdir, settings)
+    experiment = space.experiment
     if corpus not in experiment.corpora:
         raise UserError(f"--corpus {corpus}: {file} has {', '.join(experiment.corpora)}")
-    space = Workspace(experiment, file, (workdir or Path("work") / experiment.name).absolute())
     inputs = TeacherInputs(space.tokens(corpus), space.stream(corpus), space.viewer(corpus), space.tokenizer)
     return space, inputs, experiment.views * len(inputs.tokens.train)

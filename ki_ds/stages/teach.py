@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from typing import Any
 
@@ -62,9 +63,10 @@ class Teach(Stage):
             path = folder / name
             if path.exists() and (name == MANIFEST or any(folder.glob("*.kit"))):
                 config = parse_manifest(path.read_bytes(), str(path))["config"]
-                found = TargetSpec.from_config(config, wanted.spec.samples)
-                if found.serves(wanted.spec, wanted.tails):
-                    return replace(found, mean_distortion=wanted.spec.mean_distortion)
+                with contextlib.suppress(KeyError, TypeError, ValueError):  # not of a teach stage: it does not serve
+                    found = TargetSpec.from_config(config, wanted.spec.samples)
+                    if found.serves(wanted.spec, wanted.tails):
+                        return replace(found, mean_distortion=wanted.spec.mean_distortion)
                 break
         return wanted.spec
 
