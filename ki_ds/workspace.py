@@ -33,6 +33,7 @@ class Workspace:
         folder = source.resolve().parent
         self.bases = [*dict.fromkeys([folder, *folder.parents, Path.cwd(), *SHIPPED])]
         self._tokens: dict[str, Tokens] = {}
+        self.expected_tokenizers: dict[bool, TextTokenizer] = {}  # what `stages.tokenizer` has found, by whether sealed
 
     # -------------------------------------------------------------------------------------------------- finding
 

@@ -32,7 +32,7 @@ from ki_ds.cli.options import (
 from ki_ds.corpus.documentation import write_documentation
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment
-from ki_ds.files import write_atomically
+from ki_ds.files import remedy, write_atomically
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.launch.command import Launch, check
 from ki_ds.progress import duration, say
@@ -104,8 +104,14 @@ def demo(
 ) -> None:  # fmt: skip
     """Run the demo: a student that inherits against the same student alone, on real text."""
     given = shipped(f"experiments/{'demo_mlm' if masked else 'demo'}.json")
-    folder = workdir or Path("work") / load_experiment(given, scale, tuple(settings or ())).name
-    folder.mkdir(parents=True, exist_ok=True)
+    name = load_experiment(given, scale, tuple(settings or ())).name
+    folder = workdir or Path("work") / name
+    for number in heartbeat.SIGNALS:
+        signal.signal(number, _on_signal)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be made: {error.strerror}. {remedy(error)}") from None
     file, text = folder / given.name, folder / "documentation.jsonl"
     write_atomically(file, given.read_bytes())
     if not text.exists():  # packages may have changed since, and with them the text

@@ -72,8 +72,9 @@ NAMES: tuple[PrivateName, ...] = (
     # models/partitioned.py
     PrivateName("runtime.zero.partition_parameters", "param.ds_shape", "text", "whole shape of a partitioned weight"),
     PrivateName("runtime.zero.partition_parameters", "param.ds_id", "text", "whether a weight is partitioned"),
-    # teaching/teacher.py
+    # teaching/checks.py
     PrivateName("module_inject.auto_tp", "AutoTP.tp_parser", "attribute", "whether a model can be cut"),
+    # teaching/teacher.py
     PrivateName("inference.engine", "self.mpu.get_model_parallel_group()", "text", "all that is asked of `mpu`"),
     # launch/
     PrivateName("launcher.runner", "main", "attribute", "runs as a program, python -m"),

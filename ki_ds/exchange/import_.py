@@ -15,7 +15,7 @@ from ki_ds.sealed import Identity, prepare, read_unsealed, reopen, state
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.distortion import Distortion, check_bound
 from ki_ds.targets.header import Origin
-from ki_ds.targets.manifest import TargetFacts, open_folder, seal_targets
+from ki_ds.targets.manifest import TargetFacts, open_folder, renamed, seal_targets
 from ki_ds.targets.quanta import quantum
 from ki_ds.targets.scalars import Scalar
 from ki_ds.targets.selection import Selection
@@ -42,14 +42,15 @@ def make(
     teacher = Origin(name, digests["answers"])
     header = folder_header(experiment, corpus, inputs.tokens, inputs.tokenizer.digest, teacher, selection, how)
     per_shard = experiment.samples_per_shard
-    identity = Identity("teach", {**header.record, "samples_per_shard": per_shard}, digests)
+    # the key is as it was, so that what was imported once is known again
+    identity = Identity("teach", {**header.record, "positions_per_shard": per_shard}, digests)
     if state(folder) == "unsealed" and "answers" in read_unsealed(folder)["inputs"]:
         shutil.rmtree(folder)  # of an import that failed: answers may have been corrected since
     if state(folder, identity) == "sealed" and open_folder(folder).missing():
         reopen(folder, identity)  # a shard was set aside
     found = prepare(folder, identity)
     if found is not None:
-        return int(found.facts["samples"])
+        return int(renamed(found.facts)["samples"])
     done, waiting = 0, list[FrameBlock]()
 
     def flush() -> None:

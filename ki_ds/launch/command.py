@@ -95,7 +95,7 @@ def launcher_environment(launch: Launch) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     given.setdefault("OMP_NUM_THREADS", str(max(cores // launch.processes, 1)))
     given.setdefault("PYTHONWARNINGS", "ignore")
-    if launch.hostfile is None and not _gpus():
+    if launch.hostfile is None and not _cuda():
         given.setdefault("DS_ACCELERATOR", "cpu")
     return given
 
@@ -116,6 +116,13 @@ def _devices(processes: int) -> list[str]:
     if not all(name.strip().isdecimal() for name in named):
         raise UserError(f"CUDA_VISIBLE_DEVICES={visible}: the launcher takes devices by number, for instance 0,1")
     return ["--include", "localhost:" + ",".join(name.strip() for name in named)]
+
+
+def _cuda() -> bool:
+    """Whether a GPU can be used, which there being one does not say."""
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _gpus() -> int:

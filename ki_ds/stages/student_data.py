@@ -96,8 +96,10 @@ def check(space: Workspace, student: TrainedModel, inherit: Inherit, corpus: str
     if codec.vocabulary != size:
         raise UserError(f"{folder}: of a vocabulary of {codec.vocabulary} ids; the tokenizer has {size}")
     read = min(student.samples_taught(corpus), space.experiment.views * len(space.tokens(corpus).train))
+    elsewhere = taught_by(space.experiment, student.model)[corpus] is None
     if found.samples < read:
         raise UserError(
             f"{folder}: holds {found.samples} samples; expected the {read} that {student.place} reads of "
             f"corpora.{corpus} while it is taught"
+            + ("" if elsewhere else ". Run `ki-ds teach`: it appends what is missing")
         )

@@ -20,6 +20,7 @@ from ki_ds.planning.room import Room
 from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, State, parse_manifest
 from ki_ds.stages import models
+from ki_ds.stages.corpus import Corpus
 from ki_ds.stages.ranks import join
 from ki_ds.stages.stage import Refusals, Stage, viewing
 from ki_ds.stages.tokenizer import expected
@@ -91,6 +92,9 @@ class Teach(Stage):
         e, teacher = space.experiment, wanted_targets(space.experiment, self.name).teacher
         tokenizer = refusals.gather(expected, space)
         config = None if tokenizer is None else refusals.gather(models.checked_configuration, space, teacher, tokenizer)
+        selection = wanted_targets(e, self.name).spec.selection
+        if tokenizer is not None and not selection.counts and selection.k > tokenizer.size:
+            refusals.lines.append(too_large(selection.k, tokenizer.size))
         if not (space.root / self.folder / MANIFEST).exists():
             known = {} if config is None else {teacher: config}
             refusals.gather(checks.check, e.inference, ranks, known, e.objective)
@@ -99,7 +103,7 @@ class Teach(Stage):
     def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
         e, tokenizer = space.experiment, expected(space)
         wanted = wanted_targets(e, self.name)
-        if (space.root / "corpora" / wanted.corpus / MANIFEST).exists():
+        if Corpus(wanted.corpus).state(space) == "sealed":
             wanted = self.wanted(space)
         config = models.configuration(space, wanted.teacher, tokenizer)
         samples, per_entry = wanted.spec.samples, 4 if tokenizer.size > 1 << 16 else 3  # before zstd
@@ -124,10 +128,8 @@ class Teach(Stage):
         wanted, spec = self.wanted(space), self.spec(space)
         selection, corpus = spec.selection, wanted.corpus
         if not selection.counts and selection.k > size:
-            raise UserError(
-                f"inherit.targets.k: found {selection.k}; expected at most the tokenizer's vocabulary, {size}"
-            )
-        codec = spec.codec(size)
+            raise UserError(too_large(selection.k, size))
+        codec, engine = spec.codec(size), space.inference_config
         configuration = models.configuration(space, wanted.teacher, space.tokenizer)
         checks.check(e.inference, distributed.world_size(), {wanted.teacher: configuration}, e.objective)
 
@@ -138,7 +140,7 @@ class Teach(Stage):
             def load(dtype: torch.dtype) -> Any:
                 return models.finished(space, wanted.teacher, dtype)
 
-            return teachers.teacher(load, wanted.teacher, selection, codec, e.inference, space.inference_config, device)
+            return teachers.teacher(load, wanted.teacher, selection, codec, e.inference, engine, device)
 
         origin = Origin(wanted.teacher, identity.inputs[f"models/{wanted.teacher}"])
         shared = folder_header(e, corpus, space.tokens(corpus), space.tokenizer.digest, origin, selection, codec)
@@ -146,3 +148,8 @@ class Teach(Stage):
             teacher, wanted.teacher, space.tokens(corpus), space.stream(corpus), space.viewer(corpus), spec.samples,
             e.samples_per_shard, selection, shared, e.target_distortion,
         )  # fmt: skip
+
+
+def too_large(k: int, vocabulary: int) -> str:
+    """The words of a k beyond the vocabulary."""
+    return f"inherit.targets.k: found {k}; expected at most the tokenizer's vocabulary, {vocabulary}"

@@ -10,7 +10,7 @@ from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Experiment, TrainTokenizer
 from ki_ds.progress import Progress
-from ki_ds.sealed import Identity, prepare, seal
+from ki_ds.sealed import MANIFEST, Identity, prepare, seal
 from ki_ds.stages.sources import described
 from ki_ds.stages.stage import Refusals, Stage
 from ki_ds.workspace import Workspace
@@ -79,6 +79,13 @@ def expected(space: Workspace) -> TextTokenizer:
     Raises:
         UserError: the one that is given cannot be loaded.
     """
+    known, sealed = space.expected_tokenizers, (space.root / "tokenizer" / MANIFEST).exists()
+    if sealed not in known:  # every stage asks, and listing the sources may take long
+        known[sealed] = _expected(space)
+    return known[sealed]
+
+
+def _expected(space: Workspace) -> TextTokenizer:
     given, objective = space.experiment.tokenizer, space.experiment.objective
     if Tokenizer("tokenizer").state(space) == "sealed":
         return space.tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from ki_ds.engine.batch_layout import BatchLayout
@@ -98,17 +99,21 @@ class Train(Stage):
     def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
         e, student, tokenizer = space.experiment, trained_models(space.experiment)[self.name], expected(space)
         config, train = models.configuration(space, self.name, tokenizer), student.train
-        spent = model_cost(e, config)
-        need = Need(e, student, config, ranks, room.gpu)
-        sequences = micro_batch_size(train, ranks, student.place)
-        memory = need.at(space.engine_config, sequences)
-        return Cost(
+        spent, sequences = model_cost(e, config), train.steps * train.batch_size
+        found = Cost(
             steps=train.steps,
-            tokens=train.steps * train.batch_size * e.sequence_length,
-            flops=train.steps * train.batch_size * spent.training_flops_per_sequence,
+            tokens=sequences * e.sequence_length,
+            flops=sequences * spent.training_flops_per_sequence,
             parameters=spent.parameters,
+        )
+        if self.state(space) == "sealed":
+            return found  # its memory was there; and it may not fit so many ranks
+        need, at_once = Need(e, student, config, ranks, room.gpu), micro_batch_size(train, ranks, student.place)
+        memory = need.at(space.engine_config, at_once)
+        return replace(
+            found,
             memory=memory.device + (0 if room.gpu else memory.host),
-            note=f"{self.name}: {verdict(need, sequences, space.engine_config, room)}",
+            note=f"{self.name}: {verdict(need, at_once, space.engine_config, room)}",
         )
 
     def run(self, space: Workspace) -> None:

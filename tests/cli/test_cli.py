@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers.commands import ki_ds, write
+from helpers.commands import here, ki_ds, write
 
 from ki_ds.cli.main import main
 from ki_ds.engine.batch_layout import BatchLayout
@@ -351,3 +351,10 @@ def test_schema_doctor_and_version(capsys):
         assert expected in said
         if command == ["schema"]:
             assert json.loads(said)["properties"]["models"]
+
+
+def test_demo_says_what_is_wrong_before_it_writes_its_text(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert "file: cannot be made: File exists" in here("demo", "--workdir", tmp_path / "file", code=2)
+    said = here("demo", "--workdir", tmp_path / "new", "--set", "models.student.train.stepz=1", code=2)
+    assert "stepz: unknown key" in said and not (tmp_path / "new").exists()

@@ -43,6 +43,20 @@ def test_imported_again_is_done_before(world):
     assert folder_digest(root / "big@a") == before
 
 
+def test_imported_before_samples_had_their_name_is_done_before(world, tmp_path):
+    """Folders of former versions say positions; what they are made of is the same."""
+    root, file, _ = world
+    shutil.copytree(root / "big@a", tmp_path / "old@a")
+    path = tmp_path / "old@a" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    assert manifest["config"]["positions_per_shard"] == 16
+    facts = manifest["facts"]
+    facts |= {"positions": facts.pop("samples"), "positions_per_shard": facts.pop("samples_per_shard")}
+    path.write_text(json.dumps(manifest))
+    arguments = ("--corpus", "a", "--workdir", root / "work", "--name", "big")
+    assert f"{SAMPLES} samples" in run("import", file, root / "answers.parquet", tmp_path / "old@a", *arguments)
+
+
 def test_answers_without_truth(world, tmp_path):
     rows = answer(world[0] / "questions.parquet", truth=False)
     imported(world, rows, tmp_path, code=0)

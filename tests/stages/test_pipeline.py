@@ -141,6 +141,7 @@ def test_status_and_plan(graph):
     output = here("status", file, "--workdir", work)
     assert all(line.startswith("sealed") for line in output.splitlines())
     assert "train mixed (10 of 10 steps)" in output
+    assert "DOES NOT FIT" not in here("plan", file, "--workdir", work, "--processes", 3)  # what is done divides nothing
     output = here("plan", file, "--workdir", work)
     assert "teach g1@a" in output
     line = next(line for line in output.splitlines() if "train g1 " in line)

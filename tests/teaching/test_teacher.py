@@ -69,6 +69,11 @@ def test_what_cannot_run_is_refused_before_anything_runs(file, settings, words):
         preflight(file, *settings)
 
 
+def test_k_beyond_a_given_tokenizer_is_refused_before_ranks_start(file):
+    with pytest.raises(UserError, match="k: found 301; expected at most the tokenizer's vocabulary, 300"):
+        preflight(file, "models.s.inherit.targets.k=301")
+
+
 def test_teacher_of_another_tokenizer_is_refused_whichever_stage_is_asked_for(file):
     """Of as many ids, so that nothing else would show it; also where a student begins from that model."""
     trained = tokenizers.train([f"quite another text, with the number {n**3}" for n in range(300)], VOCABULARY, "clm")
