@@ -89,6 +89,7 @@ def test_damage_that_keeps_the_size_names_the_remedy(tmp_path):
         checkpoints.resume(new_engine(1).deepspeed, tmp_path, {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "file"), [(0, "mp_rank_*_model_states.pt"), (1, "*_optim_states.pt")])
 def test_damage_found_while_converting_names_the_remedy(stage, file, tmp_path):
     one = new_engine(stage)

@@ -63,6 +63,7 @@ def test_lock_of_a_running_build_is_left_alone(lock):
     assert not lock.exists()
 
 
+@pytest.mark.slow
 def test_operator_that_cannot_be_compiled(tmp_path, monkeypatch):
     """A compiler that does not work, as where there is none."""
     from deepspeed.ops.op_builder import builder

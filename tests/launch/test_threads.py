@@ -8,7 +8,11 @@ from helpers.commands import command, environment
 
 @pytest.mark.parametrize(
     ("given", "spins"),
-    [({}, "0"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000"), ({"GOMP_SPINCOUNT": "500"}, "500")],
+    [
+        ({}, "0"),
+        pytest.param({"OMP_WAIT_POLICY": "ACTIVE"}, "30000000000", marks=pytest.mark.slow),
+        pytest.param({"GOMP_SPINCOUNT": "500"}, "500", marks=pytest.mark.slow),
+    ],
     ids=["by default they sleep", "a policy that was set stays", "a count that was set stays"],
 )
 def test_idle_threads_sleep_unless_the_user_says_otherwise(given, spins):

@@ -56,6 +56,7 @@ def test_activation_checkpoints_change_nothing(reentrant):
     torch.testing.assert_close(loss_and_gradients(saved), loss_and_gradients(plain.train()), rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_compiling_the_backbone_changes_nothing():
     plain = student()
     compiled = copy.deepcopy(plain)
