@@ -28,7 +28,7 @@ from ki_ds.cli.options import (
     Workdir,
     open_workspace,
     ranks_of,
-)  # fmt: skip
+)
 from ki_ds.corpus.documentation import write_documentation
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment
@@ -59,12 +59,16 @@ def run_stages(
     control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
     launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
     check(launch)
-    for number in heartbeat.SIGNALS:
-        signal.signal(number, _on_signal)
+    _listen()
     done = run(space, launch, only, name)
     say(f"\n{only or space.experiment.name}: all done in {duration(time.monotonic() - began)}")
     for line in (line for stage in done for line in stage.conclusion(space)):
         say(line)
+
+
+def _listen() -> None:
+    for number in heartbeat.SIGNALS:
+        signal.signal(number, _on_signal)
 
 
 def _on_signal(_number: int, _frame: FrameType | None) -> None:
@@ -106,8 +110,7 @@ def demo(
     given = shipped(f"experiments/{'demo_mlm' if masked else 'demo'}.json")
     name = load_experiment(given, scale, tuple(settings or ())).name
     folder = workdir or Path("work") / name
-    for number in heartbeat.SIGNALS:
-        signal.signal(number, _on_signal)
+    _listen()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -33,8 +33,11 @@ class Evaluate(Stage):
         return [cls(name) for name in order(experiment) if experiment.models[name].targets is None]
 
     def inputs(self, experiment: Experiment) -> list[str]:
-        trained = [models.folder(self.name)] if experiment.models[self.name].train else []
-        return ["tokenizer", *(f"corpora/{name}" for name in experiment.corpora), *trained]
+        return [
+            "tokenizer",
+            *(f"corpora/{name}" for name in experiment.corpora),
+            *models.folders(experiment, self.name),
+        ]
 
     def identity(self, space: Workspace) -> Identity:
         e = space.experiment

@@ -12,6 +12,7 @@ from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import TrainedModel
+from ki_ds.experiment.schema import Experiment
 from ki_ds.files import digest, file_digest
 from ki_ds.models import architectures, hugging_face
 from ki_ds.sealed import open_sealed
@@ -23,9 +24,9 @@ def folder(name: str) -> str:
     return f"models/{name}"
 
 
-def folders(space: Workspace, *names: str) -> list[str]:
+def folders(experiment: Experiment, *names: str) -> list[str]:
     """Those of the named models that are trained here."""
-    return [folder(name) for name in names if space.experiment.models[name].train]
+    return [folder(name) for name in names if experiment.models[name].train]
 
 
 def source(space: Workspace, name: str) -> str:

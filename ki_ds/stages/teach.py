@@ -47,8 +47,7 @@ class Teach(Stage):
 
     def inputs(self, experiment: Experiment) -> list[str]:
         wanted = wanted_targets(experiment, self.name)
-        trained = [models.folder(wanted.teacher)] if experiment.models[wanted.teacher].train else []
-        return ["tokenizer", f"corpora/{wanted.corpus}", *trained]
+        return ["tokenizer", f"corpora/{wanted.corpus}", *models.folders(experiment, wanted.teacher)]
 
     def wanted(self, space: Workspace) -> WantedTargets:
         """What its students read; past the last view samples come again, so no more than all views are stored."""
@@ -89,10 +88,10 @@ class Teach(Stage):
         return found
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
-        e, teacher = space.experiment, wanted_targets(space.experiment, self.name).teacher
+        e, wanted = space.experiment, wanted_targets(space.experiment, self.name)
+        teacher, selection = wanted.teacher, wanted.spec.selection
         tokenizer = refusals.gather(expected, space)
         config = None if tokenizer is None else refusals.gather(models.checked_configuration, space, teacher, tokenizer)
-        selection = wanted_targets(e, self.name).spec.selection
         if tokenizer is not None and not selection.counts and selection.k > tokenizer.size:
             refusals.lines.append(too_large(selection.k, tokenizer.size))
         if not (space.root / self.folder / MANIFEST).exists():

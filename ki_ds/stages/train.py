@@ -45,9 +45,9 @@ class Train(Stage):
         return [cls(name) for name in trained_models(experiment)]
 
     def inputs(self, experiment: Experiment) -> list[str]:
-        student, all_models = trained_models(experiment)[self.name], experiment.models
+        student = trained_models(experiment)[self.name]
         taught = [f"targets/{name}" for name in taught_by(experiment, student.model).values() if name]
-        before = [models.folder(name) for name in needs(experiment, self.name) if all_models[name].train]
+        before = models.folders(experiment, *needs(experiment, self.name))
         return ["tokenizer", *(f"corpora/{corpus}" for corpus in student.train.on), *taught, *before]
 
     def identity(self, space: Workspace) -> Identity:

@@ -1,4 +1,4 @@
-"""Stage: teacher model + tokens → targets.
+"""A teacher's job: its predictions over a range of samples, shard by shard.
 
 The teacher runs under DeepSpeed (`ki_ds.teaching`) over exactly the samples that the students read while
 α_t > 0. A shard is a fixed range of samples, computed in the same micro-batches whoever comes to it, so that an
