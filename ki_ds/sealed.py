@@ -4,19 +4,23 @@ A folder is made for one *identity*: the stage, the part of the configuration th
 of its inputs. While it is being filled it holds `unsealed.json`; when it is complete, `manifest.json` is written last
 and atomically. A sealed folder is never changed; an unsealed one is continued; one that was made for another identity
 is refused, with the keys that differ.
+
+A manifest holds the digest of every file, of the identity (`fingerprint`) and of itself (`manifest`): against accidents
+and edits in good faith, not against somebody who makes a whole folder anew.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
 
 from ki_ds.errors import UserError
-from ki_ds.files import digest, remedy, sync, write_atomically
+from ki_ds.files import digest, file_digest, remedy, sync, write_atomically
 
 SCHEMA = 1
 MANIFEST, UNSEALED = "manifest.json", "unsealed.json"
@@ -84,7 +88,27 @@ def parse_manifest(text: bytes, path: str) -> dict[str, Any]:
             f"{path}: schema {data['schema']}, but this version of ki_ds reads {SCHEMA}. "
             "Use the version that wrote it, or choose another --workdir."
         )
+    if sealed:
+        _check_unchanged(data, path)
     return data
+
+
+def _check_unchanged(data: dict[str, Any], path: str) -> None:
+    """Check that a manifest says what it said when it was written."""
+    try:
+        found, whole = digest(_identity(data)), digest({key: data[key] for key in data.keys() - {"manifest"}})
+    except (ValueError, RecursionError):  # NaN and the like, which no manifest holds
+        found = whole = "none"
+    if found != data["fingerprint"]:
+        what = f"its fingerprint is {data['fingerprint']}, but that of its configuration and inputs is {found}"
+    elif data.get("manifest", whole) != whole:
+        what = "it does not have the digest that it had when it was written"
+    else:
+        return
+    raise UserError(
+        f"{path}: was changed after it was written: {what}. Put the original back, or remove the folder "
+        f"{path.rpartition('/')[0]} and run again."
+    )
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -212,23 +236,27 @@ def differences(found: Any, expected: Any, place: str = "") -> list[str]:
 
 
 def seal(
-    path: Path, identity: Identity, facts: dict[str, Any], leave_out: tuple[str, ...] = (), synced: str = ""
-) -> Manifest:
+    path: Path, identity: Identity, facts: dict[str, Any], leave_out: tuple[str, ...] = (), synced: str = "",
+    digest_of: Callable[[Path], str] = file_digest,
+) -> Manifest:  # fmt: skip
     """Write the manifest; from now on the folder is complete. What it can do without (`leave_out`) is not listed; files
-    that are named like `synced` were flushed to disk when they were written."""
+    that are named like `synced` were flushed to disk when they were written. `digest_of`: of a file, as it lies."""
     for leftover in path.rglob("*.tmp"):
         if leftover.is_file():
             leftover.unlink(missing_ok=True)
-    files = {}
+    files, digests = {}, {}
     for file in sorted(path.rglob("*")):
         listed = file.relative_to(path).parts[0] not in (*leave_out, MANIFEST, UNSEALED) and file.suffix != ".tmp"
         if file.is_file() and listed:
             if not fnmatch(file.name, synced):
                 sync(file)  # the manifest must not outlive what it vouches for
-            files[str(file.relative_to(path))] = file.stat().st_size
+            name = str(file.relative_to(path))
+            files[name], digests[name] = file.stat().st_size, digest_of(file)
     record = {
-        **identity.record, "fingerprint": identity.fingerprint, "facts": facts, "files": files, "versions": versions(),
+        **identity.record, "fingerprint": identity.fingerprint, "facts": facts, "files": files, "digests": digests,
+        "versions": versions(),
     }  # fmt: skip
+    record["manifest"] = digest(record)
     write_atomically(path / MANIFEST, _pretty(record))
     (path / UNSEALED).unlink(missing_ok=True)
     return open_sealed(path)

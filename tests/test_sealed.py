@@ -264,6 +264,30 @@ def test_manifest_that_lacks_a_key(folder, key):
     assert refusal(open_sealed, folder).startswith(f"{folder / MANIFEST}: not a manifest of ki_ds.")
 
 
+@pytest.mark.parametrize(
+    ("key", "value"), [("fingerprint", "0" * 32), ("inputs", {}), ("config", {"seed": 2}), ("facts", {"count": 4}),
+                   ("files", {"train.bin": 5}), ("digests", {}), ("versions", {}), ("facts", {"count": float("nan")})],
+)  # fmt: skip
+def test_manifest_that_was_edited(folder, key, value):
+    filled(folder)
+    record = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({**record, key: value}))
+    assert f"{folder / MANIFEST}: was changed after it was written" in refusal(open_sealed, folder)
+
+
+def test_manifest_from_before_there_were_digests(folder):
+    manifest = filled(folder)
+    record = json.loads((folder / MANIFEST).read_text())
+    (folder / MANIFEST).write_text(json.dumps({k: v for k, v in record.items() if k not in ("digests", "manifest")}))
+    assert open_sealed(folder).facts == manifest.facts
+
+
+def test_files_are_digested_as_they_lie(folder):
+    filled(folder)
+    found = json.loads((folder / MANIFEST).read_text())["digests"]
+    assert found == {name: file_digest(folder / name) for name in ("model/config.json", "train.bin")}
+
+
 @pytest.mark.parametrize("schema", [SCHEMA + 1, 0, "1", None])
 def test_manifest_of_another_schema(folder, schema):
     filled(folder)

@@ -8,11 +8,13 @@ import subprocess
 
 import pytest
 from helpers.commands import here, ki_ds, write
+from helpers.folders import forge
 
 from ki_ds.cli.main import main
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment, trained_models
+from ki_ds.sealed import read_manifest
 from ki_ds.stages import student_data
 from ki_ds.workspace import Workspace
 
@@ -303,15 +305,12 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, cap
     ki_ds("worker", "teach", file, "--workdir", tmp_path / "other", "--set", "seed=2")
     for one in (tmp_path / "other" / "targets" / "t@a").glob("*.kit"):
         shutil.copy(one, folder / one.name)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["files"] = {path.name: path.stat().st_size for path in folder.glob("*.kit")}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    forge(folder, files={path.name: path.stat().st_size for path in folder.glob("*.kit")})
     space = Workspace(load_experiment(file), file, work)
     loader = student_data.loader(space, trained_models(space.experiment)["s"], BatchLayout(4, 4, 0, 1))
     with pytest.raises(UserError, match="its header gives stream"):
         loader.load(0, 1.0)
-    foreign = json.loads((tmp_path / "other" / "targets" / "t@a" / "manifest.json").read_text())
-    (folder / "manifest.json").write_text(json.dumps({**manifest, "facts": foreign["facts"]}))
+    forge(folder, facts=read_manifest(tmp_path / "other" / "targets" / "t@a")["facts"])
     said = student(2)
     assert "the teacher saw another input than the student is about to see" in said
     assert not (work / "models" / "s" / "manifest.json").exists()

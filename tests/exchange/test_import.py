@@ -8,8 +8,10 @@ import pyarrow.parquet as pq
 import pytest
 from helpers.commands import folder_digest
 from helpers.exchange import SAMPLES, answer, damage, imported, run
+from helpers.folders import forge
 
 from ki_ds.experiment.graph import load_experiment
+from ki_ds.sealed import read_manifest
 from ki_ds.targets.manifest import open_folder
 
 
@@ -47,12 +49,11 @@ def test_imported_before_samples_had_their_name_is_done_before(world, tmp_path):
     """Folders of former versions say positions; what they are made of is the same."""
     root, file, _ = world
     shutil.copytree(root / "big@a", tmp_path / "old@a")
-    path = tmp_path / "old@a" / "manifest.json"
-    manifest = json.loads(path.read_text())
+    manifest = read_manifest(tmp_path / "old@a")
     assert manifest["config"]["positions_per_shard"] == 16
     facts = manifest["facts"]
     facts |= {"positions": facts.pop("samples"), "positions_per_shard": facts.pop("samples_per_shard")}
-    path.write_text(json.dumps(manifest))
+    forge(tmp_path / "old@a", facts=facts)
     arguments = ("--corpus", "a", "--workdir", root / "work", "--name", "big")
     assert f"{SAMPLES} samples" in run("import", file, root / "answers.parquet", tmp_path / "old@a", *arguments)
 

@@ -7,7 +7,9 @@ import pytest
 from helpers.commands import folder_digest, here, write
 from helpers.documents import documentation
 from helpers.exchange import EXPERIMENT, damage, rewritten, run
+from helpers.folders import forge
 
+from ki_ds.sealed import read_manifest
 from ki_ds.targets.manifest import open_folder
 
 
@@ -50,9 +52,9 @@ def test_repair_leaves_a_whole_folder_alone(copy):
 
 
 def test_repair_moves_nothing_where_every_shard_disagrees_with_the_manifest(copy):
-    manifest = json.loads((copy / "manifest.json").read_text())
-    manifest["facts"]["header"]["tokenizer"] = "another"
-    (copy / "manifest.json").write_text(json.dumps(manifest))
+    facts = read_manifest(copy)["facts"]
+    facts["header"]["tokenizer"] = "another"
+    forge(copy, facts=facts)
     said = run("repair", copy, code=2)
     assert "all 3 shards seem to be damaged" in said and "tokenizer" in said
     assert len([*copy.glob("*.kit")]) == 3

@@ -1,10 +1,8 @@
 """The manifest of a targets folder: it binds the shards, and garbage is refused."""
 
-import json
-
 import numpy as np
 import pytest
-from helpers.folders import FACTS, HEADER, HOW, IDENTITY, assert_read, fill, write
+from helpers.folders import FACTS, HEADER, HOW, IDENTITY, assert_read, fill, forge, write
 
 from ki_ds import sealed
 from ki_ds.errors import UserError
@@ -77,15 +75,9 @@ def test_manifest_that_cannot_be_read(tmp_path):
 
 
 def test_manifest_of_another_stage(finished):
-    change(finished, stage="train")
+    forge(finished, stage="train")
     with pytest.raises(UserError, match=r'not the manifest of a targets folder \(stage "train"\)'):
         open_folder(finished)
-
-
-def change(folder, **keys):
-    """Put other values into a manifest."""
-    path = folder / "manifest.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **keys}))
 
 
 @pytest.mark.parametrize(
@@ -98,14 +90,14 @@ def test_manifest_that_is_garbage(finished, text):
 
 
 def test_manifest_of_another_schema(finished):
-    change(finished, schema=9)
+    forge(finished, schema=9)
     with pytest.raises(UserError, match="schema 9, but this version of ki_ds reads 1"):
         open_folder(finished)
 
 
 @pytest.mark.parametrize("facts", [[], None, "samples", {}, {"samples": 10, "samples_per_shard": 4}])
 def test_manifest_without_its_facts(finished, facts):
-    change(finished, facts=facts)
+    forge(finished, facts=facts)
     with pytest.raises(UserError, match=r"manifest\.json: not "):
         open_folder(finished)
 
@@ -124,13 +116,13 @@ def test_manifest_without_its_facts(finished, facts):
     ],
 )
 def test_manifest_whose_facts_are_of_the_wrong_kind(finished, wrong):
-    change(finished, facts={**FACTS, **wrong})
+    forge(finished, facts={**FACTS, **wrong})
     with pytest.raises(UserError, match=r"manifest\.json: not the manifest of a targets folder"):
         open_folder(finished)
 
 
 def test_targets_of_the_days_when_samples_were_called_positions(finished):
-    change(finished, facts={"positions": 10, "positions_per_shard": 4, "header": HEADER.record})
+    forge(finished, facts={"positions": 10, "positions_per_shard": 4, "header": HEADER.record})
     facts, _ = read_facts(finished)
     assert facts == TargetFacts(10, 4, HEADER)
     assert_read(open_folder(finished), [9, 0, 5])
