@@ -69,12 +69,15 @@ def _amount(value: float | None) -> str:
 
 def status(file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None) -> None:
     """The state of every stage."""
+    from ki_ds.launch.lock import holder
     from ki_ds.stages.pipeline import stages
 
     space = open_workspace(file, scale, workdir, settings)
     for stage in stages(space.experiment):
-        progress = stage.progress(space)
-        say(f"{MEANING[stage.state(space)]:30} {stage}" + (f" ({progress})" if progress else ""))
+        progress, who = stage.progress(space), holder(space.root, stage.folder)
+        notes = [progress] if progress else []
+        notes += [f"being made by {who}"] if who else []
+        say(f"{MEANING[stage.state(space)]:30} {stage}" + (f" ({'; '.join(notes)})" if notes else ""))
 
 
 def schema() -> None:

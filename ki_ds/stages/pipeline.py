@@ -14,6 +14,7 @@ from ki_ds.launch import distributed, heartbeat
 from ki_ds.launch.command import Launch
 from ki_ds.launch.heartbeat import Stopped
 from ki_ds.launch.launcher import launched
+from ki_ds.launch.lock import held
 from ki_ds.progress import duration, say
 from ki_ds.stages import STAGES
 from ki_ds.stages.stage import Refusals, Stage
@@ -123,7 +124,9 @@ def work(stage: Stage, space: Workspace) -> None:
     heartbeat.report(str(stage))
     if shown:
         say(f"{stage} …")
-    stage.run(space)
+    # under a launcher of ours the process that started the ranks holds it
+    with held(space.root, [stage.folder] if shown and not heartbeat.THIS_RANK.watched else []):
+        stage.run(space)
     gc.collect()  # an engine is full of cycles; the next stage needs its memory
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -135,9 +138,15 @@ def _launch(space: Workspace, launch: Launch, group: list[Stage]) -> None:
     """Run stages under the launcher, in a process group of their own.
 
     Raises:
+        UserError: another run is making one of their folders.
         StageFailed: they ended without sealing their folders, whatever the launcher's exit code says.
         Stopped: a signal asked for it; what was done is saved.
     """
+    with held(space.root, [stage.folder for stage in group]):
+        _launch_held(space, launch, group)
+
+
+def _launch_held(space: Workspace, launch: Launch, group: list[Stage]) -> None:
     for again in range(launch.restarts, -1, -1):
         outcome = launched(launch, [stage.label for stage in group])
         group = [stage for stage in group if stage.state(space) != "sealed"]
