@@ -151,6 +151,28 @@ def open_sealed(path: Path) -> Manifest:
     return Manifest(path, str(data["fingerprint"]), dict(data["facts"]), data)
 
 
+def check_contents(path: Path, digest_of: Callable[[Path], str], leave_out: str = "") -> None:
+    """Check that the files of a sealed folder are what they were when it was sealed, but for those that are named like
+    `leave_out`. A folder from before manifests had digests passes.
+
+    Raises:
+        UserError: naming the first that is not; or as `open_sealed`.
+    """
+    record = open_sealed(path).record
+    for name, wanted in record.get("digests", {}).items():
+        if fnmatch(name, leave_out):
+            continue
+        try:
+            found = digest_of(path / name)
+        except OSError as error:
+            raise UserError(f"{path / name}: cannot be read: {error.strerror}") from None
+        if found != wanted:
+            raise UserError(
+                f"{path / name}: was changed after it was sealed: its digest is {found}, the manifest says {wanted}. "
+                f"Put the original back, or remove {path} and run again: it is made anew."
+            )
+
+
 def state(path: Path, identity: Identity | None = None) -> State:
     """'sealed', 'unsealed', 'absent', or 'other' where the folder was made for another identity."""
     states: dict[str, State] = {MANIFEST: "sealed", UNSEALED: "unsealed"}

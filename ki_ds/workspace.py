@@ -13,6 +13,7 @@ from ki_ds.corpus.masking import Viewer
 from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.corpus.tokens import Tokens, open_tokens
+from ki_ds.digests import Digests
 from ki_ds.engine import optimizers
 from ki_ds.engine.config import EngineConfig, InferenceEngineConfig
 from ki_ds.errors import UserError
@@ -32,6 +33,7 @@ class Workspace:
         self.experiment, self.root = experiment, root
         folder = source.resolve().parent
         self.bases = [*dict.fromkeys([folder, *folder.parents, Path.cwd(), *SHIPPED])]
+        self.digests = Digests(root)
         self._tokens: dict[str, Tokens] = {}
         self.expected_tokenizers: dict[bool, TextTokenizer] = {}  # what `stages.tokenizer` has found, by whether sealed
 
@@ -86,10 +88,20 @@ class Workspace:
 
     @cached_property
     def tokenizer(self) -> TextTokenizer:
-        """The experiment's tokenizer, once its stage is sealed."""
+        """The experiment's tokenizer, once its stage is sealed.
+
+        Raises:
+            UserError: it is not, or was changed since.
+        """
         folder = self.root / "tokenizer"
-        open_sealed(folder)
-        return tokenizers.load(folder, self.experiment.objective, "tokenizer")
+        sealed = open_sealed(folder)
+        found = tokenizers.load(folder, self.experiment.objective, "tokenizer")
+        if found.digest != sealed.digest:
+            raise UserError(
+                f"{folder}: was changed after it was sealed: it gives other ids. Put the original back, or remove the "
+                "folder and run again: it is made anew."
+            )
+        return found
 
     def tokens(self, corpus: str) -> Tokens:
         """A sealed corpus."""

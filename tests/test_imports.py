@@ -21,6 +21,7 @@ LAYERS = [
     ["kernels", "corpus", "experiment"],
     ["launch"],
     ["metrics", "targets"],
+    ["digests"],
     ["progress", "sealed"],
     ["files"],
     ["errors"],

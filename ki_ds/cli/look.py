@@ -1,4 +1,4 @@
-"""The commands that look and run nothing: plan, status, schema, doctor."""
+"""The commands that look and run nothing: plan, status, verify, schema, doctor."""
 
 from __future__ import annotations
 
@@ -80,6 +80,25 @@ def status(file: File, scale: Scale = None, workdir: Workdir = None, settings: S
         say(f"{MEANING[stage.state(space)]:30} {stage}" + (f" ({'; '.join(notes)})" if notes else ""))
 
 
+def verify(
+    workdir: Annotated[Path, typer.Argument(metavar="WORKDIR", help="a work directory")],
+    deep: Annotated[bool, typer.Option(help="read every byte anew, decode every row of targets")] = False,
+) -> None:
+    """Check every sealed folder of a work directory; exit code 1 where one is not what it was when it was sealed."""
+    from ki_ds.stages.verify import verify
+
+    bad = total = 0
+    for verdict in verify(workdir.absolute(), deep):
+        total, bad = total + 1, bad + bool(verdict.faults)
+        note = f" ({verdict.note})" if verdict.note else ""
+        say(f"{verdict.folder}: {len(verdict.faults) or 'no'} fault{'s' * (len(verdict.faults) > 1)}{note}")
+        for fault in verdict.faults:
+            say(f"  {fault}")
+    say(f"{workdir}: {total} sealed folders, {bad} of them with faults")
+    if bad:
+        raise typer.Exit(1)
+
+
 def schema() -> None:
     """JSON Schema of the experiment file, for editors."""
     dialect = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
@@ -97,5 +116,5 @@ def doctor(workdir: Workdir = None) -> None:
 
 def add(app: typer.Typer) -> None:
     """Add the commands to the app."""
-    for command in (plan, status, schema, doctor):
+    for command in (plan, status, verify, schema, doctor):
         app.command()(command)

@@ -6,7 +6,7 @@ from ki_ds.corpus.sources import FileSource, files
 from ki_ds.corpus.tokens import build
 from ki_ds.experiment.schema import Experiment
 from ki_ds.sealed import MANIFEST, Identity, prepare, seal
-from ki_ds.stages.sources import described
+from ki_ds.stages.sources import described, or_recorded
 from ki_ds.stages.stage import Refusals, Stage
 from ki_ds.workspace import Workspace
 
@@ -30,7 +30,7 @@ class Corpus(Stage):
             "objective": e.objective,
             "sequence_length": e.sequence_length,
             "validation": e.corpora[self.name].validation,
-            "sources": {self.name: described(space, self.name, self.folder)},
+            "text": or_recorded(space, self.folder, "text", lambda: described(space, self.name)),
         }
         return Identity(self.kind, config, {"tokenizer": space.tokenizer.digest})
 

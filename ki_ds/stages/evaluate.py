@@ -42,7 +42,7 @@ class Evaluate(Stage):
     def identity(self, space: Workspace) -> Identity:
         e = space.experiment
         inputs = {f"corpora/{name}": space.tokens(name).digest for name in e.corpora}
-        return Identity(self.kind, viewing(e), {f"models/{self.name}": models.content(space, self.name), **inputs})
+        return Identity(self.kind, viewing(e), {"model": models.content(space, self.name), **inputs})
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
         tokenizer = refusals.gather(expected, space)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -16,6 +17,7 @@ from ki_ds.launch.heartbeat import Stopped
 from ki_ds.launch.launcher import launched
 from ki_ds.launch.lock import held
 from ki_ds.progress import duration, say
+from ki_ds.sealed import MANIFEST, check_contents
 from ki_ds.stages import STAGES
 from ki_ds.stages.stage import Refusals, Stage
 from ki_ds.workspace import Workspace
@@ -124,8 +126,10 @@ def work(stage: Stage, space: Workspace) -> None:
     heartbeat.report(str(stage))
     if shown:
         say(f"{stage} …")
-    # under a launcher of ours the process that started the ranks holds it
-    with held(space.root, [stage.folder] if shown and not heartbeat.THIS_RANK.watched else []):
+    if shown and not heartbeat.THIS_RANK.watched:
+        with _making(space, [stage]):
+            stage.run(space)
+    else:  # rank 0, or the process that started the ranks, holds it
         stage.run(space)
     gc.collect()  # an engine is full of cycles; the next stage needs its memory
     if torch.cuda.is_available():
@@ -142,8 +146,24 @@ def _launch(space: Workspace, launch: Launch, group: list[Stage]) -> None:
         StageFailed: they ended without sealing their folders, whatever the launcher's exit code says.
         Stopped: a signal asked for it; what was done is saved.
     """
-    with held(space.root, [stage.folder for stage in group]):
+    with _making(space, group):
         _launch_held(space, launch, group)
+
+
+@contextmanager
+def _making(space: Workspace, group: Sequence[Stage]) -> Iterator[None]:
+    """Around stages that make their folders: nobody else makes them, and what they read is as it was sealed.
+
+    Raises:
+        UserError: another run is making one of them, or an input was changed.
+    """
+    with held(space.root, [stage.folder for stage in group]):
+        reads = dict.fromkeys(read for stage in group for read in stage.inputs(space.experiment))
+        for read in reads:
+            if (space.root / read / MANIFEST).exists():  # else one of the group makes it
+                check_contents(space.root / read, space.digests.of, leave_out="*.kit")  # shards: when they are opened
+        space.digests.save()
+        yield
 
 
 def _launch_held(space: Workspace, launch: Launch, group: list[Stage]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 from ki_ds.experiment.schema import Experiment
-from ki_ds.sealed import Identity, State
+from ki_ds.sealed import MANIFEST, Identity, State, check_contents
 from ki_ds.stages.evaluate import Evaluate
 from ki_ds.stages.stage import Stage
 from ki_ds.stages.train import Train
@@ -35,7 +35,9 @@ class Report(Stage):
         from ki_ds.report.page import report  # matplotlib, which nothing else waits for
 
         for one in (*Train.of(space.experiment), *Evaluate.of(space.experiment)):
-            one.check_identity(space)  # show nothing that was made from something else
+            one.check_identity(space)  # show nothing that was made from something else, or changed
+            if (space.root / one.folder / MANIFEST).exists():
+                check_contents(space.root / one.folder, space.digests.of)
         report(space.experiment, space.root)
 
     def conclusion(self, space: Workspace) -> list[str]:

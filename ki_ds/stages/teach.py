@@ -73,8 +73,8 @@ class Teach(Stage):
     def identity(self, space: Workspace) -> Identity:
         wanted, e = wanted_targets(space.experiment, self.name), space.experiment
         inputs = {
-            f"models/{wanted.teacher}": models.content(space, wanted.teacher),
-            f"corpora/{wanted.corpus}": space.tokens(wanted.corpus).digest,
+            "model": models.content(space, wanted.teacher),
+            "corpus": space.tokens(wanted.corpus).digest,
         }
         config = {**viewing(e), **self.spec(space).config}
         if e.inference.precision != "fp32":
@@ -141,7 +141,7 @@ class Teach(Stage):
 
             return teachers.teacher(load, wanted.teacher, selection, codec, e.inference, engine, device)
 
-        origin = Origin(wanted.teacher, identity.inputs[f"models/{wanted.teacher}"])
+        origin = Origin(wanted.teacher, identity.inputs["model"])
         shared = folder_header(e, corpus, space.tokens(corpus), space.tokenizer.digest, origin, selection, codec)
         return TeachJob(
             teacher, wanted.teacher, space.tokens(corpus), space.stream(corpus), space.viewer(corpus), spec.samples,

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cache
+from typing import Any
 
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus.sources import Tally, documents
@@ -11,7 +13,7 @@ from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Experiment, TrainTokenizer
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, Identity, prepare, seal
-from ki_ds.stages.sources import described
+from ki_ds.stages.sources import described, or_recorded
 from ki_ds.stages.stage import Refusals, Stage
 from ki_ds.workspace import Workspace
 
@@ -29,10 +31,13 @@ class Tokenizer(Stage):
         return []
 
     def identity(self, space: Workspace) -> Identity:
-        e = space.experiment
-        train = e.tokenizer.train
-        sources = {name: described(space, name, self.folder) for name in train.on} if train else {}
-        config = {"objective": e.objective, "tokenizer": e.tokenizer.model_dump(mode="json"), "sources": sources}
+        e, train = space.experiment, space.experiment.tokenizer.train
+        config: dict[str, Any] = {"objective": e.objective}
+        if train:
+            config["train"] = train.model_dump(mode="json", exclude={"on"})
+            config["text"] = or_recorded(space, self.folder, "text", lambda: [described(space, n) for n in train.on])
+        else:
+            config["given"] = or_recorded(space, self.folder, "given", lambda: given(space).digest)
         return Identity(self.kind, config, {})
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
@@ -42,16 +47,24 @@ class Tokenizer(Stage):
         folder, identity = space.root / self.folder, self.identity(space)
         if prepare(folder, identity):
             return
-        given, objective = space.experiment.tokenizer, space.experiment.objective
-        if given.train:
-            found = trained(space, given.train)
-        else:
-            found = tokenizers.load(space.folder_or_name(str(given.pretrained)), objective, "tokenizer.pretrained")
+        train = space.experiment.tokenizer.train
+        found = trained(space, train) if train else given(space)
         found.hugging_face.save_pretrained(folder)
         seal(folder, identity, {"content": found.digest, "vocabulary": found.size})
 
 
-def trained(space: Workspace, given: TrainTokenizer) -> TextTokenizer:
+@cache
+def given(space: Workspace) -> TextTokenizer:
+    """The tokenizer that the experiment names.
+
+    Raises:
+        UserError: it cannot be loaded.
+    """
+    name = space.folder_or_name(str(space.experiment.tokenizer.pretrained))
+    return tokenizers.load(name, space.experiment.objective, "tokenizer.pretrained")
+
+
+def trained(space: Workspace, train: TrainTokenizer) -> TextTokenizer:
     """A tokenizer trained on the text of corpora.
 
     Raises:
@@ -61,15 +74,15 @@ def trained(space: Workspace, given: TrainTokenizer) -> TextTokenizer:
     with Progress("tokenizer", None, "documents") as progress:
 
         def texts() -> Iterator[str]:
-            for name in given.on:
+            for name in train.on:
                 corpus = space.experiment.corpora[name]
                 for text in documents(corpus.sources, space.bases, f"corpora.{name}", corpus.invalid_utf8, tally):
                     progress.advance()
                     yield text
 
-        found = tokenizers.train(texts(), given.vocabulary_size, objective)
+        found = tokenizers.train(texts(), train.vocabulary_size, objective)
     if not tally.documents:
-        raise UserError(f"corpora.{given.on[0]}: no text to train a tokenizer on; every source is empty")
+        raise UserError(f"corpora.{train.on[0]}: no text to train a tokenizer on; every source is empty")
     return tokenizers.describe(found, objective, "tokenizer.train")
 
 
@@ -86,9 +99,7 @@ def expected(space: Workspace) -> TextTokenizer:
 
 
 def _expected(space: Workspace) -> TextTokenizer:
-    given, objective = space.experiment.tokenizer, space.experiment.objective
+    train = space.experiment.tokenizer.train
     if Tokenizer("tokenizer").state(space) == "sealed":
         return space.tokenizer
-    if given.train:
-        return tokenizers.expected(given.train.vocabulary_size, objective)
-    return tokenizers.load(space.folder_or_name(str(given.pretrained)), objective, "tokenizer.pretrained")
+    return tokenizers.expected(train.vocabulary_size, space.experiment.objective) if train else given(space)

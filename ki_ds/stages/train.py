@@ -32,6 +32,8 @@ from ki_ds.workspace import Workspace
 
 # what of "train" does not change the result, only when it is looked at or how it is cut for memory
 NOT_SHAPING = {"micro_batch_size", "evaluate_every", "checkpoint_every", "keep_checkpoints"}
+# names of what stands among the inputs by its content
+INPUTS: dict[str, Any] = {"start_from": True, "pretrained": True, "inherit": {"teachers"}}
 
 
 class Train(Stage):
@@ -61,16 +63,15 @@ class Train(Stage):
         }
         inputs = {f"corpora/{corpus}": space.tokens(corpus).digest for corpus in student.train.on}
         if model.start_from:
-            inputs[f"models/{model.start_from}"] = models.content(space, model.start_from)
+            inputs["start_from"] = models.content(space, model.start_from)
         if model.pretrained:
             inputs["pretrained"] = models.pretrained_digest(space.folder_or_name(model.pretrained))
         for corpus, name in taught_by(space.experiment, model).items():
             if name is None:
                 stored = space.stored(student.teachers[corpus], corpus)
-                inputs[f"stored/{corpus}"] = str(read_facts(stored)[1]["fingerprint"])
+                inputs[f"targets/{corpus}"] = str(read_facts(stored)[1]["fingerprint"])
             else:  # not opened: a shard that is missing is found, and computed, when the stage itself runs
-                folder = f"targets/{name}"
-                inputs[folder] = str(read_manifest(space.root / folder)["fingerprint"])
+                inputs[f"targets/{corpus}"] = str(read_manifest(space.root / "targets" / name)["fingerprint"])
         return Identity(self.kind, config, inputs)
 
     def progress(self, space: Workspace) -> str:
@@ -160,7 +161,7 @@ class Train(Stage):
 def shaping(model: Model) -> dict[str, Any]:
     """What of a model's description shapes the result."""
     unsaid = {"optimizer"} if model.train and model.train.optimizer == "adamw" else set()  # folders from before it
-    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING | unsaid, "seed": True})
+    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING | unsaid, "seed": True, **INPUTS})
 
 
 def training_facts(space: Workspace, student: TrainedModel) -> dict[str, Any]:

@@ -105,7 +105,7 @@ def test_corpus_too_small_for_a_sequence(refused, tmp_path):
     (tmp_path / "a.txt").write_text(TEXT)  # put right, the same command continues
     said = refused(experiment())
     assert "tokenizer: made from another experiment, corpus or configuration" in said
-    assert "files: found" in said
+    assert "config.text: found" in said
     shutil.rmtree(tmp_path / "work")
     main_ok(["corpus", str(tmp_path / "e.json"), "--workdir", str(tmp_path / "work")])
     assert sealed(tmp_path / "work") == ["corpora/a", "tokenizer"]
