@@ -67,7 +67,7 @@ def main(arguments: list[str] | None = None) -> None:
         time.sleep(10)  # the launcher is to see that one's exit code, not this one's
         raise SystemExit(1) from None
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENAMETOOLONG):
             raise
         print(f"error: {error.filename or 'a file'}: {error.strerror}. {remedy(error)}", file=sys.stderr, flush=True)
         raise SystemExit(2) from None

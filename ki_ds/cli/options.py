@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,7 +13,10 @@ if TYPE_CHECKING:
 
 File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.json", help="the experiment file")]
 Scale = Annotated[str | None, typer.Option(help="apply one of the file's scales (a JSON merge patch)")]
-Workdir = Annotated[Path | None, typer.Option(help="where results go; default: work/<the experiment's name>")]
+Workdir = Annotated[
+    Path | None,
+    typer.Option(help="where results go; default: work/<name> here, or the one beside the file where only that exists"),
+]
 Processes = Annotated[int | None, typer.Option(min=1, help="ranks on this machine; default: one a GPU, or 1")]
 Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed host file, for several machines")]
 Launcher = Annotated[str, typer.Option(help="with a host file: pdsh, openmpi, mpich or slurm")]
@@ -29,13 +33,33 @@ def open_workspace(file: Path, scale: str | None, workdir: Path | None, settings
     Raises:
         UserError: with every problem of the file.
     """
+    from ki_ds.errors import UserError
     from ki_ds.experiment.graph import load_experiment
+    from ki_ds.experiment.strict import as_path, cut
     from ki_ds.launch import distributed
     from ki_ds.workspace import Workspace
 
     distributed.quiet()
     experiment = load_experiment(file, scale, tuple(settings or ()))
-    return Workspace(experiment, file, (workdir or Path("work") / experiment.name).absolute())
+    root = (workdir or default_workdir(file, experiment.name)).absolute()
+    try:
+        as_path(str(root))
+    except ValueError as error:
+        raise UserError(f"--workdir {cut(str(root))}: {error}") from None
+    return Workspace(experiment, file, root)
+
+
+def default_workdir(file: Path, name: str) -> Path:
+    """work/<name> in the current folder; or the one beside the experiment file, where only that one exists."""
+    from ki_ds.launch import distributed
+
+    here = Path("work") / name
+    beside = file.resolve().parent / here
+    if here.exists() or not beside.exists():
+        return here
+    if distributed.rank() == 0:
+        print(f"work directory: {beside}, beside the file; there is none in {Path.cwd()}", file=sys.stderr, flush=True)
+    return beside
 
 
 def ranks_of(space: Workspace, processes: int | None, hostfile: Path | None) -> int:
