@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from itertools import islice
+
+MOST_LISTED = 20  # problems that are said at once
 
 
 class UserError(Exception):
@@ -23,8 +26,20 @@ class StageFailed(Exception):
 
 def nearest(name: str, allowed: Iterable[str]) -> str:
     """`'; did you mean "x"?'` for the closest of the allowed names, or an empty string."""
-    close = difflib.get_close_matches(name, list(allowed), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(name[:200], islice(allowed, 1000), n=1, cutoff=0.5)  # its time: both lengths
     return f'; did you mean "{close[0]}"?' if close else ""
+
+
+def listed(problems: Iterable[str]) -> list[str]:
+    """The first problems; where there are more, a last line says so. The others are not even looked for."""
+    first = list(islice(problems, MOST_LISTED + 1))
+    return first if len(first) <= MOST_LISTED else [*first[:MOST_LISTED], "more problems, which are not listed"]
+
+
+def some(names: Iterable[str]) -> str:
+    """Names in a row, with an ellipsis where there are too many for a line."""
+    first = list(islice(names, MOST_LISTED + 1))
+    return ", ".join(first[:MOST_LISTED]) + (", …" if len(first) > MOST_LISTED else "")
 
 
 def reason(error: BaseException) -> str:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ki_ds.corpus.stream import Mix
-from ki_ds.errors import UserError, nearest
+from ki_ds.errors import UserError, listed, nearest, some
 from ki_ds.experiment.schedules import teacher_steps
 from ki_ds.experiment.schema import Experiment, Inherit, Model, Train
 from ki_ds.experiment.strict import assignment, merge_patch, parse, read_json
@@ -27,91 +28,90 @@ def load_experiment(path: Path, scale: str | None = None, settings: tuple[str, .
         scales = data.get("scales", {})
         known = list(scales) if isinstance(scales, dict) else []
         if scale not in known:
-            listed = ", ".join(known) or "none"
-            raise UserError(
-                f'{path}: scales: there is no scale "{scale}"; the file has {listed}{nearest(scale, known)}'
-            )
+            found = some(known) or "none"
+            raise UserError(f'{path}: scales: there is no scale "{scale}"; the file has {found}{nearest(scale, known)}')
         if not isinstance(scales[scale], dict):
             raise UserError(f"{path}: scales.{scale}: expected an object, a merge patch over this file")
         data = merge_patch(data, scales[scale])
     for setting in settings:
         data = merge_patch(data, assignment(setting))
     experiment = parse(Experiment, data, str(path))
-    found = check(experiment)
-    if found:
-        raise UserError("\n".join(f"{path}: {line}" for line in found))
+    lines = check(experiment)
+    if lines:
+        raise UserError("\n".join(f"{path}: {line}" for line in lines))
     return experiment
 
 
 def check(experiment: Experiment) -> list[str]:
-    """Every broken reference or impossible number, a line each, opening with its JSON path."""
-    return [
-        *_tokenizer(experiment),
-        *(line for name, model in experiment.models.items() for line in _model(experiment, name, model)),
-        *_cycles(experiment),
-        *_comparisons(experiment),
-    ]
+    """The broken references and impossible numbers, a line each, opening with its JSON path."""
+    return listed(_problems(experiment))
 
 
-def _unknown(place: str, what: str, name: str, known: list[str]) -> str:
-    return f'{place}: there is no {what} "{name}"; the file has {", ".join(known)}{nearest(name, known)}'
+def _problems(experiment: Experiment) -> Iterator[str]:
+    yield from _tokenizer(experiment)
+    for name, model in experiment.models.items():
+        yield from _model(experiment, name, model)
+    yield from _cycles(experiment)
+    yield from _comparisons(experiment)
 
 
-def _tokenizer(experiment: Experiment) -> list[str]:
-    known = list(experiment.corpora)
-    train = experiment.tokenizer.train
+def _unknown(place: str, what: str, name: str, known: Iterable[str]) -> str:
+    return f'{place}: there is no {what} "{name}"; the file has {some(known)}{nearest(name, known)}'
+
+
+def _tokenizer(experiment: Experiment) -> Iterator[str]:
+    train, known = experiment.tokenizer.train, experiment.corpora
     named = train.on if train else []
-    return [_unknown("tokenizer.train.on", "corpus", name, known) for name in named if name not in experiment.corpora]
+    return (_unknown("tokenizer.train.on", "corpus", name, known) for name in named if name not in known)
 
 
-def _model(experiment: Experiment, name: str, model: Model) -> list[str]:
-    place = f"models.{name}"
-    corpora, models = list(experiment.corpora), list(experiment.models)
-    lines = []
+def _model(experiment: Experiment, name: str, model: Model) -> Iterator[str]:
+    place, corpora, models = f"models.{name}", experiment.corpora, experiment.models
     if model.start_from is not None and model.start_from not in models:
-        lines.append(_unknown(f"{place}.start_from", "model", model.start_from, models))
-    elif model.start_from is not None and experiment.models[model.start_from].targets is not None:
-        lines.append(f'{place}.start_from: of "{model.start_from}" there are only predictions ("targets"), no weights')
+        yield _unknown(f"{place}.start_from", "model", model.start_from, models)
+    elif model.start_from is not None and models[model.start_from].targets is not None:
+        yield f'{place}.start_from: of "{model.start_from}" there are only predictions ("targets"), no weights'
     for corpus in model.targets or ():
         if corpus not in corpora:
-            lines.append(_unknown(f"{place}.targets.{corpus}", "corpus", corpus, corpora))
+            yield _unknown(f"{place}.targets.{corpus}", "corpus", corpus, corpora)
     if model.pretrained is not None and experiment.tokenizer.train:
-        lines.append(
+        yield (
             f"{place}.pretrained: this experiment trains a tokenizer of its own (tokenizer.train), so the ids of "
             f'"{model.pretrained}" would mean other tokens; expected "tokenizer": {{"pretrained": …}} of that model'
         )
     if model.train is None:
-        return lines
-    unknown = [corpus for corpus in model.train.on if corpus not in corpora]
-    lines += [_unknown(f"{place}.train.on.{corpus}", "corpus", corpus, corpora) for corpus in unknown]
+        return
+    for corpus in model.train.on:
+        if corpus not in corpora:
+            yield _unknown(f"{place}.train.on.{corpus}", "corpus", corpus, corpora)
     try:
         Mix(list(model.train.on.values()))
     except ValueError as error:
-        lines.append(f"{place}.train.on: {error}")
+        yield f"{place}.train.on: {error}"
     inherit = model.inherit
     if inherit is None:
-        return lines
+        return
     for corpus, teacher in inherit.teachers.items():
         if corpus not in model.train.on:
-            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "corpus in train.on", corpus, list(model.train.on)))
+            yield _unknown(f"{place}.inherit.from.{corpus}", "corpus in train.on", corpus, model.train.on)
         if teacher not in models:
-            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "model", teacher, models))
+            yield _unknown(f"{place}.inherit.from.{corpus}", "model", teacher, models)
             continue
-        stored = experiment.models[teacher].targets
+        stored = models[teacher].targets
         if stored is not None and corpus not in stored:
-            lines.append(_unknown(f"{place}.inherit.from.{corpus}", "corpus in its targets", corpus, list(stored)))
+            yield _unknown(f"{place}.inherit.from.{corpus}", "corpus in its targets", corpus, stored)
     vocabulary = experiment.tokenizer.train and experiment.tokenizer.train.vocabulary_size
     if vocabulary and inherit.targets.select != "sampled" and inherit.targets.k > vocabulary:
-        lines.append(
+        yield (
             f"{place}.inherit.targets.k: found {inherit.targets.k}; "
             f"expected at most the vocabulary size, {vocabulary} (tokenizer.train.vocabulary_size)"
         )
-    if inherit.teacher_steps is not None and inherit.teacher_steps > model.train.steps and inherit.schedule != "linear":
-        lines.append(
-            f"{place}.inherit.teacher_steps: found {inherit.teacher_steps}; "
-            f"expected at most train.steps, {model.train.steps}"
-        )
-    return lines
+    if inherit.teacher_steps is not None and inherit.teacher_steps > model.train.steps:
+        wanted = f"expected at most train.steps, {model.train.steps}"
+        if inherit.schedule == "linear":
+            slope = model.train.steps / inherit.teacher_steps
+            wanted += f'; an alpha that ends above 0 is given by its slope, here "alpha_T": {slope:.6g}'
+        yield f"{place}.inherit.teacher_steps: found {inherit.teacher_steps}; {wanted}"
 
 
 def needs(experiment: Experiment, name: str) -> list[str]:
@@ -122,52 +122,56 @@ def needs(experiment: Experiment, name: str) -> list[str]:
     return [other for other in dict.fromkeys(origin + teachers) if other in experiment.models]
 
 
-def _cycles(experiment: Experiment) -> list[str]:
-    finished: set[str] = set()
+class Cycle(ValueError):
+    """What needs itself, by way of others; `path` names them, the first again at the end."""
 
-    def visit(name: str, path: list[str]) -> list[str] | None:
-        if name in path:
-            return [*path[path.index(name) :], name]
-        if name in finished:
-            return None
-        for other in needs(experiment, name):
-            found = visit(other, [*path, name])
-            if found:
-                return found
-        finished.add(name)
-        return None
-
-    for name in experiment.models:
-        cycle = visit(name, [])
-        if cycle:
-            return [f"models.{cycle[0]}: a cycle: {' needs '.join(cycle)}; a teacher must not descend from its student"]
-    return []
+    def __init__(self, path: list[str]):
+        super().__init__(path)
+        self.path = path
 
 
-def _comparisons(experiment: Experiment) -> list[str]:
-    lines = []
+def in_order(names: Iterable[str], needs: Callable[[str], Iterable[str]]) -> list[str]:
+    """All names and what they need, each after what it needs, otherwise as given. However long a chain is.
+
+    Raises:
+        Cycle: a name needs itself, by way of others.
+    """
+    ordered: dict[str, None] = {}
+    for name in names:
+        path = {} if name in ordered else {name: iter(needs(name))}  # from the name to what it needs: what is left
+        while path:
+            last, others = next(reversed(path.items()))
+            other = next((one for one in others if one not in ordered), None)
+            if other is None:
+                ordered[last] = None
+                del path[last]
+            elif other in path:
+                before = list(path)
+                raise Cycle([*before[before.index(other) :], other])
+            else:
+                path[other] = iter(needs(other))
+    return list(ordered)
+
+
+def _cycles(experiment: Experiment) -> Iterator[str]:
+    try:
+        order(experiment)
+    except Cycle as cycle:
+        shown = cycle.path if len(cycle.path) <= 10 else [*cycle.path[:5], "…", *cycle.path[-4:]]
+        yield f"models.{shown[0]}: a cycle: {' needs '.join(shown)}; a teacher must not descend from its student"
+
+
+def _comparisons(experiment: Experiment) -> Iterator[str]:
     trained = [name for name, model in experiment.models.items() if model.train]
     for index, comparison in enumerate(experiment.compare):
         for role, name in (("student", comparison.student), ("baseline", comparison.baseline)):
             if name not in trained:
-                lines.append(_unknown(f"compare.{index}.{role}", "trained model", name, trained))
-    return lines
+                yield _unknown(f"compare.{index}.{role}", "trained model", name, trained)
 
 
 def order(experiment: Experiment) -> list[str]:
     """All models, each after those it needs, otherwise in the file's order."""
-    ordered: list[str] = []
-
-    def visit(name: str) -> None:
-        if name in ordered:
-            return
-        for other in needs(experiment, name):
-            visit(other)
-        ordered.append(name)
-
-    for name in experiment.models:
-        visit(name)
-    return ordered
+    return in_order(experiment.models, lambda name: needs(experiment, name))
 
 
 # ---------------------------------------------------------------------------------------------------- for stages
@@ -208,14 +212,17 @@ class TrainedModel:
         return read[list(self.train.on).index(corpus)]
 
 
+def trained_model(experiment: Experiment, name: str) -> TrainedModel:
+    """One of the models that are trained here."""
+    model = experiment.models[name]
+    if model.train is None:
+        raise KeyError(name)
+    return TrainedModel(name, model, model.train, experiment.model_seed(name))
+
+
 def trained_models(experiment: Experiment) -> dict[str, TrainedModel]:
     """The models that are trained here, each after those it needs."""
-    models = ((name, experiment.models[name]) for name in order(experiment))
-    return {
-        name: TrainedModel(name, model, model.train, experiment.model_seed(name))
-        for name, model in models
-        if model.train
-    }
+    return {name: trained_model(experiment, name) for name in order(experiment) if experiment.models[name].train}
 
 
 def targets_name(teacher: str, corpus: str, inherit: Inherit) -> str:

@@ -9,18 +9,34 @@ from __future__ import annotations
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    Tag,
+    WithJsonSchema,
+    field_validator,
+    model_validator,
+)
 
-from ki_ds.experiment.strict import Strict
+from ki_ds.experiment.strict import Strict, as_path
 from ki_ds.targets.selection import Selection
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MOST_STEPS, MOST_SEQUENCES = 10**9, 1 << 17  # of a run, of a step: together below 2^47 samples, where Mix is exact
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, le=MOST_STEPS)]
+Sequences = Annotated[int, Field(gt=0, le=MOST_SEQUENCES)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Beta = Annotated[float, Field(ge=0, lt=1)]
 Seed = Annotated[int, Field(ge=0, lt=1 << 32)]
 Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
+Place = Annotated[str, AfterValidator(as_path)]
+
+
+def _file_or_json(given: Any) -> Any:
+    return as_path(given) if isinstance(given, str) else given
 
 
 # ---------------------------------------------------------------------------------------------------- corpora
@@ -29,38 +45,48 @@ Name = Annotated[str, Field(pattern=f"^{NAME.pattern}$")]
 class TextSource(Strict):
     """Text files; blank lines separate documents."""
 
-    text: str = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
+    text: Place = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
 
 
 class JsonLinesSource(Strict):
     """JSON Lines files; a document a line."""
 
-    jsonl: str = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
+    jsonl: Place = Field(description="path, glob or fsspec URL; .gz, .xz, .zst and .bz2 are decompressed")
     field: str = Field("text", description="the key that holds the document's text")
 
 
 class ParquetSource(Strict):
     """Parquet files; a document a row."""
 
-    parquet: str = Field(description="path, glob or fsspec URL")
+    parquet: Place = Field(description="path, glob or fsspec URL")
     field: str = Field("text", description="the column that holds the document's text")
 
 
 class DatasetSource(Strict):
     """A Hugging Face dataset by name or folder, streamed."""
 
-    dataset: str
-    configuration: str | None = None
-    split: str = "train"
-    field: str = "text"
+    dataset: Place = Field(description="a name on the Hugging Face hub, or a folder")
+    configuration: str | None = Field(None, description="which of the dataset's configurations, where it has several")
+    split: str = Field("train", description="which of its parts")
+    field: str = Field("text", description="the column that holds the document's text")
 
 
-SOURCE_KINDS = {
+SOURCE_KINDS: dict[str, type[Strict]] = {
     "text": TextSource,
     "jsonl": JsonLinesSource,
     "parquet": ParquetSource,
     "dataset": DatasetSource,
 }
+
+
+# The kinds one by one: at "matches none of four" an editor would underline the whole source for a typo in it.
+SOURCE_SCHEMA = {
+    "type": "object",
+    "oneOf": [{"required": [kind]} for kind in SOURCE_KINDS],
+    "allOf": [
+        {"if": {"required": [kind]}, "then": cls.model_json_schema()} for kind, cls in SOURCE_KINDS.items()
+    ],
+}  # fmt: skip
 
 
 def _source_kind(value: Any) -> str | None:
@@ -90,17 +116,20 @@ Source = Annotated[
         custom_error_message=f"a source has exactly one of the keys {', '.join(SOURCE_KINDS)}",
     ),
     BeforeValidator(_no_former_kind),
+    WithJsonSchema(SOURCE_SCHEMA),
 ]
 
 
 class Corpus(Strict):
     """A named collection of documents of one domain."""
 
-    sources: Annotated[list[Source], Field(min_length=1)]
+    sources: Annotated[list[Source], Field(min_length=1)] = Field(description="where its documents are, in this order")
     validation: Annotated[float, Field(gt=0, lt=1)] = Field(
         0.005, description="share of the documents held out, chosen by a hash of their text"
     )
-    invalid_utf8: Literal["replace", "refuse"] = "replace"
+    invalid_utf8: Literal["replace", "refuse"] = Field(
+        "replace", description="what happens to bytes that are no UTF-8; what is replaced is counted in the manifest"
+    )
 
 
 class TrainTokenizer(Strict):
@@ -109,14 +138,14 @@ class TrainTokenizer(Strict):
     vocabulary_size: Annotated[int, Field(ge=261, le=1 << 24)] = Field(
         description="ids in all: 256 bytes and the special tokens come first"
     )
-    on: Annotated[list[Name], Field(min_length=1)]
+    on: Annotated[list[Name], Field(min_length=1)] = Field(description="the corpora that it is trained on")
 
 
 class Tokenizer(Strict):
     """Exactly one of the two."""
 
-    train: TrainTokenizer | None = None
-    pretrained: str | None = Field(None, description="a Hugging Face tokenizer folder or name")
+    train: TrainTokenizer | None = Field(None, description="make one from the corpora")
+    pretrained: Place | None = Field(None, description="a Hugging Face tokenizer folder or name")
 
     @model_validator(mode="after")
     def _one(self) -> Tokenizer:
@@ -128,7 +157,7 @@ class Tokenizer(Strict):
 class Masking(Strict):
     """Masked-language-model views (Devlin et al. 2019): of the chosen tokens 80 % masked, 10 % random, 10 % kept."""
 
-    probability: Annotated[float, Field(gt=0, lt=1)] = 0.15
+    probability: Annotated[float, Field(gt=0, lt=1)] = Field(0.15, description="with which a token is chosen")
     views: Annotated[int, Field(gt=0, le=1000)] = Field(10, description="different maskings of a sequence")
 
 
@@ -138,27 +167,27 @@ class Masking(Strict):
 class Train(Strict):
     """How a model is trained. Defaults are the paper's (appendix, pre-training settings)."""
 
-    on: Annotated[dict[Name, Annotated[float, Field(gt=0)]], Field(min_length=1)] = Field(
+    on: Annotated[dict[Name, Annotated[float, Field(gt=0, le=1e9)]], Field(min_length=1)] = Field(
         description="corpora and their weights in the mix"
     )
-    steps: Positive
-    batch_size: Positive = Field(description="sequences a step, over all ranks")
-    learning_rate: Annotated[float, Field(gt=0)]
-    micro_batch_size: Positive | None = Field(
+    steps: Positive = Field(description="T: updates in all, over which the learning rate rises and falls")
+    batch_size: Sequences = Field(description="sequences a step, over all ranks")
+    learning_rate: Annotated[float, Field(gt=0, le=1000)] = Field(description="the highest, at the end of the warm-up")
+    micro_batch_size: Sequences | None = Field(
         None, description="sequences a rank computes at once; default: the largest divisor up to 32"
     )
     optimizer: Literal["adamw", "lamb"] = Field(
         "adamw", description="the algorithm; the engine JSON chooses the implementation (docs/optimizers.md)"
     )
     warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises linearly")
-    betas: tuple[Beta, Beta] = (0.9, 0.98)
-    epsilon: Annotated[float, Field(gt=0)] = 1e-6
-    weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    gradient_clipping: Annotated[float, Field(ge=0)] = Field(1.0, description="largest global norm; 0: none")
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="decay of the optimizer's first and second moments")
+    epsilon: Annotated[float, Field(gt=0, le=1000)] = Field(1e-6, description="beside the root of the second moment")
+    weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(0.01, description="decoupled; not of biases and norms")
+    gradient_clipping: Annotated[float, Field(ge=0, le=1e9)] = Field(1.0, description="largest global norm; 0: none")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(0.1, description="every dropout of the model")
     evaluate_every: Positive | None = Field(None, description="steps; default: a twentieth of the run")
     checkpoint_every: Positive | None = Field(None, description="steps; default: a tenth of the run")
-    keep_checkpoints: Positive = 2
+    keep_checkpoints: Positive = Field(2, description="the last so many stay on disk")
 
     @field_validator("betas", mode="before")
     @classmethod
@@ -213,22 +242,26 @@ class Distortion(Strict):
     """What quantisation may cost: KL(teacher ‖ stored teacher) of a row's kept ids, in nats."""
 
     mean: Annotated[float, Field(ge=5e-8, le=0.04)] = Field(2e-4, description="over a shard; fixes the quantum")
-    max: Annotated[float, Field(gt=0)] = 2e-3
+    max: Annotated[float, Field(gt=0, le=1000)] = Field(2e-3, description="of any row; more is refused")
 
 
 class Inherit(Strict):
     """From whom a model inherits on each corpus, and for how long (section 3)."""
 
     teachers: Annotated[dict[Name, Name], Field(min_length=1)] = Field(alias="from", description="corpus: teacher")
-    schedule: Literal["linear", "heaviside", "constant"] = "linear"
-    alpha_T: Annotated[float, Field(gt=0)] | None = Field(
+    schedule: Literal["linear", "heaviside", "constant"] = Field("linear", description="how alpha goes with the steps")
+    alpha_T: Annotated[float, Field(gt=0, le=MOST_STEPS)] | None = Field(
         None,
         description="linear: alpha falls from 1 by alpha_T / steps a step; heaviside: it drops to 0 where linear ends",
     )
-    teacher_steps: Positive | None = Field(None, description="steps with alpha > 0; the same as alpha_T = steps / this")
+    teacher_steps: Positive | None = Field(
+        None, description="steps with alpha > 0, at most all; the same as alpha_T = steps / this"
+    )
     alpha: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="the value of the constant schedule")
-    temperature: Annotated[float, Field(gt=0)] = 2.0
-    targets: TargetSettings = Field(default_factory=lambda: TargetSettings.model_validate({}))
+    temperature: Annotated[float, Field(gt=0, le=1000)] = Field(2.0, description="tau of both softmaxes")
+    targets: TargetSettings = Field(
+        default_factory=lambda: TargetSettings.model_validate({}), description="what is kept of a teacher's prediction"
+    )
 
     @model_validator(mode="after")
     def _one_length(self) -> Inherit:
@@ -251,8 +284,8 @@ class Model(Strict):
         None, description="a name that ki_ds/models/architectures.py has, or an inline Hugging Face configuration"
     )
     start_from: Name | None = Field(None, description="another model of this experiment")
-    pretrained: str | None = Field(None, description="a Hugging Face model folder or name")
-    targets: dict[Name, str] | None = Field(
+    pretrained: Place | None = Field(None, description="a Hugging Face model folder or name")
+    targets: dict[Name, Place] | None = Field(
         None,
         min_length=1,
         description="corpus: folder or fsspec URL of predictions made elsewhere; such a model can only teach",
@@ -260,8 +293,8 @@ class Model(Strict):
     padded_vocabulary: bool = Field(
         False, description="the pretrained head has rows beyond the tokenizer's vocabulary, to be left out"
     )
-    train: Train | None = None
-    inherit: Inherit | None = None
+    train: Train | None = Field(None, description="how it is trained here; without it it is used as it is")
+    inherit: Inherit | None = Field(None, description="from whom it inherits while it is trained, and for how long")
     seed: Seed | None = Field(None, description="for initial weights and dropout; default: the experiment's")
 
     @model_validator(mode="after")
@@ -281,13 +314,13 @@ class Model(Strict):
 class Inference(Strict):
     """How teachers are run; of this only the precision shapes what they say."""
 
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Literal["fp32", "bf16", "fp16"] = Field("fp32", description="in which a teacher computes")
     tensor_parallel: Positive = Field(1, description="ranks that share one copy of a teacher, each with a part of it")
-    engine: str | dict[str, Any] | None = Field(
+    engine: Annotated[str | dict[str, Any] | None, AfterValidator(_file_or_json)] = Field(
         None, description="DeepSpeed JSON, a file or the configuration itself, with ZeRO stage 3: a teacher is "
         "partitioned over all ranks",
     )  # fmt: skip
-    micro_batch_size: Positive | None = Field(
+    micro_batch_size: Sequences | None = Field(
         None, description="sequences computed at once; default: 16, on a GPU as many as fit and pay"
     )
 
@@ -301,27 +334,34 @@ class Inference(Strict):
 class Comparison(Strict):
     """A student shown against a baseline."""
 
-    student: Name
-    baseline: Name
+    student: Name = Field(description="the model that inherits")
+    baseline: Name = Field(description="the model that it is measured against")
 
 
 class Experiment(Strict):
     """A graph of corpora and models."""
 
-    name: Name
-    seed: Seed = 1
-    objective: Literal["mlm", "clm"]
-    sequence_length: Annotated[int, Field(ge=8, le=1 << 20)] = 512
-    tokenizer: Tokenizer
-    masking: Masking = Masking(views=10)
-    corpora: Annotated[dict[Name, Corpus], Field(min_length=1)]
-    models: Annotated[dict[Name, Model], Field(min_length=1)]
-    compare: list[Comparison] = []
-    target_distortion: Distortion = Field(default_factory=lambda: Distortion.model_validate({}))
-    engine: str | dict[str, Any] = Field(
+    dialect: str | None = Field(None, alias="$schema", exclude=True, description="for editors; changes nothing")
+    name: Name = Field(description="names the default work directory, work/<name>")
+    seed: Seed = Field(1, description="of data order, masks, initial weights and dropout")
+    objective: Literal["mlm", "clm"] = Field(description="mlm: masked language models; clm: causal ones")
+    sequence_length: Annotated[int, Field(ge=8, le=1 << 20)] = Field(512, description="tokens of a sequence")
+    tokenizer: Tokenizer = Field(description="trained here, or given")
+    masking: Masking = Field(
+        default_factory=lambda: Masking.model_validate({}), description='how sequences are masked; "mlm" only'
+    )
+    corpora: Annotated[dict[Name, Corpus], Field(min_length=1)] = Field(description="the corpora by name")
+    models: Annotated[dict[Name, Model], Field(min_length=1)] = Field(description="the models by name")
+    compare: list[Comparison] = Field([], description="what the report sets side by side")
+    target_distortion: Distortion = Field(
+        default_factory=lambda: Distortion.model_validate({}), description="what quantising the targets may cost"
+    )
+    engine: Annotated[str | dict[str, Any], AfterValidator(_file_or_json)] = Field(
         "ds_configs/engine/zero1_fp32.json", description="DeepSpeed JSON: a file, or the configuration itself"
     )
-    inference: Inference = Field(default_factory=lambda: Inference.model_validate({}))
+    inference: Inference = Field(
+        default_factory=lambda: Inference.model_validate({}), description="how teachers are run"
+    )
     samples_per_shard: Annotated[int, Field(gt=0, le=1 << 20)] = Field(1024, description="samples in a shard file")
     scales: dict[Name, dict[str, Any]] = Field({}, description="JSON merge patches (RFC 7396) over this file")
 

@@ -5,12 +5,19 @@ from __future__ import annotations
 import json
 import re
 import types
+from collections import Counter
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Tag, ValidationError
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, Tag, ValidationError
+from pydantic_core import CoreSchema
 
-from ki_ds.errors import UserError, nearest
+from ki_ds.errors import MOST_LISTED, UserError, listed, nearest
+
+DEEPEST = 64  # arrays and objects one in another
+LARGEST = 2**63 - 1  # of whole numbers
+LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes: Linux's
 
 
 class Strict(BaseModel):
@@ -24,6 +31,19 @@ class Strict(BaseModel):
         validate_by_name=True,
         serialize_by_alias=True,
     )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """What an editor is told. An optional key is described as it is where it is given: beside "or null" an editor
+        would underline a whole block for a typo in it."""
+        found = handler(core)
+        described = handler.resolve_ref_schema(found)
+        for key, one in described.get("properties", {}).items():
+            given = [member for member in one.get("anyOf", ()) if member != {"type": "null"}]
+            if len(given) == 1:
+                rest = {name: value for name, value in one.items() if name not in ("anyOf", "default")}
+                described["properties"][key] = given[0] | rest
+        return found
 
 
 Kind = TypeVar("Kind", bound=Strict)
@@ -57,37 +77,100 @@ def assignment(text: str) -> dict[str, Any]:
     """`a.b.c=value` as a merge patch; the value is JSON, or else a plain string.
 
     Raises:
-        UserError: there is no key or no equals sign.
+        UserError: there is no key or no equals sign; the value is a number too large, or nested too deep.
     """
     path, equals, value = text.partition("=")
     if not equals or not all(path.split(".")):
-        raise UserError(f"--set {text}: expected key=value, for instance --set models.student.train.steps=100")
+        raise UserError(f"--set {cut(text)}: expected key=value, for instance --set models.student.train.steps=100")
     try:
-        patch: Any = json.loads(value, parse_constant=_no_constants, parse_float=_finite)
-    except (ValueError, RecursionError):
+        patch = loads(value)
+    except (json.JSONDecodeError, NotJson):
         patch = value
+    except ValueError as error:
+        raise UserError(f"--set {cut(text)}: {error}") from None
     for key in reversed(path.split(".")):
         patch = {key: patch}
+    if too_deep(patch):
+        raise UserError(f"--set {cut(text)}: {TOO_DEEP}")
     return patch
 
 
+class NotJson(ValueError):
+    """What Python's reader takes, but JSON has not."""
+
+
+TOO_DEEP = f"arrays and objects are nested more than {DEEPEST} deep"
+
+
+def loads(text: str) -> Any:
+    """A JSON value whose numbers are finite and whose depth is bounded.
+
+    Raises:
+        ValueError: saying what is wrong with it.
+    """
+    try:
+        found = json.loads(
+            text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite, parse_int=_whole
+        )
+    except RecursionError:
+        raise ValueError(TOO_DEEP) from None
+    if too_deep(found):
+        raise ValueError(TOO_DEEP)
+    return found
+
+
+def too_deep(value: Any) -> bool:
+    """Whether arrays and objects stand more than `DEEPEST` one in another."""
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        holders = [one for one in level if isinstance(one, (dict, list))]
+        level = [one for holder in holders for one in (holder.values() if isinstance(holder, dict) else holder)]
+    return bool(level)
+
+
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    keys = [key for key, _ in pairs]
-    twice = sorted({key for key in keys if keys.count(key) > 1})
+    twice = [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]
     if twice:
-        raise ValueError(f'the key "{twice[0]}" stands twice in one object')
+        raise ValueError(f'the key "{min(twice)}" stands twice in one object')
     return dict(pairs)
 
 
 def _no_constants(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+    raise NotJson(f"{constant} is not JSON")
 
 
 def _finite(text: str) -> float:
     number = float(text)
     if not abs(number) < float("inf"):
-        raise ValueError(f"the number {text} is too large")
+        raise ValueError(f"the number {cut(text)} is too large")
+    return number + 0.0  # -0.0 is 0.0
+
+
+def _whole(text: str) -> int:
+    # Python would read thousands of digits in quadratic time, and more of them not at all
+    number = int(text) if len(text) < 20 else 10**20
+    if abs(number) > LARGEST:
+        raise ValueError(f"the number {cut(text)} is too large; expected at most {LARGEST}")
     return number
+
+
+def cut(text: str) -> str:
+    """A text, or its beginning."""
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
+def as_path(text: str) -> str:
+    """A path, glob or URL, or a name on a hub, as it is; the operating system could open it.
+
+    Raises:
+        ValueError: it is empty or too long, or holds NUL.
+    """
+    if not text or "\0" in text:
+        raise ValueError("a path is neither empty nor holds the character NUL")
+    sizes = [len(part.encode(errors="surrogatepass")) for part in text.split("/")]
+    if sum(sizes) + len(sizes) > LONGEST_PATH or ("://" not in text and max(sizes) > LONGEST_NAME):
+        raise ValueError(f"a path has at most {LONGEST_PATH} bytes, and {LONGEST_NAME} between two slashes")
+    return text
 
 
 def read_json(path: Path) -> Any:
@@ -103,14 +186,14 @@ def read_json(path: Path) -> Any:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}") from None
     try:
-        found = json.loads(text, object_pairs_hook=_no_duplicates, parse_constant=_no_constants, parse_float=_finite)
+        found = loads(text)
         json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is not text
         return found
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}:{error.colno}: not JSON: {error.msg}") from None
     except UnicodeEncodeError:
         raise UserError(f"{path}: holds half of a surrogate pair (such as \\ud800), which is not text") from None
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise UserError(f"{path}: {error}") from None
 
 
@@ -123,14 +206,16 @@ def parse(kind: type[Kind], data: Any, source: str) -> Kind:
     try:
         return kind.model_validate(data, by_alias=True, by_name=False)  # a field's Python name is no key of the file
     except ValidationError as error:
-        raise UserError("\n".join(f"{source}: {line}" for line in problems(error, kind))) from None
+        raise UserError("\n".join(f"{source}: {line}" for line in listed(problems(error, kind)))) from None
 
 
 def problems(error: ValidationError, kind: type[BaseModel]) -> list[str]:
-    """One line a problem: JSON path, what was found, what is allowed, the nearest valid name."""
-    lines = []
+    """One line for each of the first problems: JSON path, what was found, what is allowed, the nearest valid name."""
+    lines: list[str] = []
     kinds: dict[str, list[str]] = {}
-    for item in error.errors():
+    for item in error.errors(include_url=False):
+        if len(lines) > MOST_LISTED:
+            break
         holder, shown = _walk(kind, item["loc"])
         place = ".".join(shown) or "(top)"
         found = _shown(item["input"])
@@ -191,5 +276,5 @@ def _chosen(annotation: Any, part: int | str) -> tuple[Any, bool]:
 
 
 def _shown(value: Any) -> str:
-    text = json.dumps(value, default=str)
-    return text if len(text) <= 80 else text[:77] + "..."
+    parts = json.JSONEncoder(default=str).iterencode(value)
+    return cut("".join(islice(parts, 81)))  # no more of a large value than is shown

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 
 from ki_ds.errors import StageFailed, UserError
+from ki_ds.experiment.graph import in_order
 from ki_ds.experiment.schema import Experiment
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.launch.command import Launch
@@ -26,17 +27,7 @@ from ki_ds.workspace import Workspace
 def stages(experiment: Experiment) -> list[Stage]:
     """Everything the experiment needs, each stage after those whose folders it reads, otherwise in the list's order."""
     found: dict[str, Stage] = {stage.folder: stage for kind in STAGES for stage in kind.of(experiment)}
-    ordered: dict[str, Stage] = {}
-
-    def visit(folder: str) -> None:
-        if folder not in ordered:
-            for read in found[folder].inputs(experiment):
-                visit(read)
-            ordered[folder] = found[folder]
-
-    for folder in found:
-        visit(folder)
-    return list(ordered.values())
+    return [found[folder] for folder in in_order(found, lambda folder: found[folder].inputs(experiment))]
 
 
 def commands() -> dict[str, str]:

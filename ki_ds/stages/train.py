@@ -8,7 +8,7 @@ from typing import Any
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import check_device, micro_batch_size
 from ki_ds.engine.engine import Engine
-from ki_ds.experiment.graph import TrainedModel, needs, taught_by, trained_models
+from ki_ds.experiment.graph import TrainedModel, needs, taught_by, trained_model, trained_models
 from ki_ds.experiment.schema import Experiment, Model
 from ki_ds.files import digest, file_digest
 from ki_ds.kernels.dispatch import chosen
@@ -47,13 +47,13 @@ class Train(Stage):
         return [cls(name) for name in trained_models(experiment)]
 
     def inputs(self, experiment: Experiment) -> list[str]:
-        student = trained_models(experiment)[self.name]
+        student = trained_model(experiment, self.name)
         taught = [f"targets/{name}" for name in taught_by(experiment, student.model).values() if name]
         before = models.folders(experiment, *needs(experiment, self.name))
         return ["tokenizer", *(f"corpora/{corpus}" for corpus in student.train.on), *taught, *before]
 
     def identity(self, space: Workspace) -> Identity:
-        student = trained_models(space.experiment)[self.name]
+        student = trained_model(space.experiment, self.name)
         model = student.model
         config = {
             **viewing(space.experiment),
@@ -76,10 +76,10 @@ class Train(Stage):
 
     def progress(self, space: Workspace) -> str:
         done = len(read_metrics(space.root / self.folder / "metrics.jsonl"))
-        return f"{done} of {trained_models(space.experiment)[self.name].train.steps} steps" if done else ""
+        return f"{done} of {trained_model(space.experiment, self.name).train.steps} steps" if done else ""
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
-        student, finished = trained_models(space.experiment)[self.name], (space.root / self.folder / MANIFEST).exists()
+        student, finished = trained_model(space.experiment, self.name), (space.root / self.folder / MANIFEST).exists()
         engine = refusals.gather(lambda: space.engine_config)
         if not finished:
             if here and engine is not None:
@@ -98,7 +98,7 @@ class Train(Stage):
             refusals.lines.append(f"{place}: found {wanted.k}; expected at most the vocabulary size, {tokenizer.size}")
 
     def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
-        e, student, tokenizer = space.experiment, trained_models(space.experiment)[self.name], expected(space)
+        e, student, tokenizer = space.experiment, trained_model(space.experiment, self.name), expected(space)
         config, train = models.configuration(space, self.name, tokenizer), student.train
         spent, sequences = model_cost(e, config), train.steps * train.batch_size
         found = Cost(
@@ -122,7 +122,7 @@ class Train(Stage):
         if prepared(self, space, identity):
             return
         check_device(space.engine_config)
-        e, folder, student = space.experiment, space.root / self.folder, trained_models(space.experiment)[self.name]
+        e, folder, student = space.experiment, space.root / self.folder, trained_model(space.experiment, self.name)
         micro = micro_batch_size(student.train, distributed.world_size(), student.place)
         layout = BatchLayout(student.train.batch_size, micro, distributed.rank(), distributed.world_size())
         validation = {name: (space.tokens(name).validation, space.viewer(name)) for name in student.train.on}

@@ -61,6 +61,11 @@ def test_a_sound_graph_has_no_problems():
          " (tokenizer.train.vocabulary_size)"),
         ({"t": model(), "s": model(teachers={"wb": "t"}, length={"schedule": "constant", "teacher_steps": 101})},
          "models.s.inherit.teacher_steps: found 101; expected at most train.steps, 100"),
+        ({"t": model(), "s": model(teachers={"wb": "t"}, length={"schedule": "heaviside", "teacher_steps": 101})},
+         "models.s.inherit.teacher_steps: found 101; expected at most train.steps, 100"),
+        ({"t": model(), "s": model(teachers={"wb": "t"}, length={"teacher_steps": 200})},
+         "models.s.inherit.teacher_steps: found 200; expected at most train.steps, 100; an alpha that ends above 0 is"
+         ' given by its slope, here "alpha_T": 0.5'),
         ({"s": model(on={"wb": 1.0, "cs": 1e6})},
          "models.s.train.on: a weight is less than about 1/32768 of the rest, too little to ever be read"),
     ],

@@ -2,15 +2,17 @@
 
 import json
 
+import jsonschema
 import pydantic
 import pytest
-from helpers.experiment_file import DESIGN, json_values
+from helpers.experiment_file import DESIGN, json_values, source, student
 from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ki_ds.errors import UserError, nearest
 from ki_ds.experiment.schema import Experiment, Inherit, JsonLinesSource
-from ki_ds.experiment.strict import parse
+from ki_ds.experiment.strict import merge_patch, parse
+from ki_ds.files import digest
 
 # --------------------------------------------------------------------------------------------------- the example
 
@@ -67,7 +69,55 @@ def test_schema_is_json_and_speaks_the_files_names():
     }  # fmt: skip
     assert "from" in schema["$defs"]["Inherit"]["required"]
     assert schema["additionalProperties"] is False
-    assert {"TextSource", "JsonLinesSource", "ParquetSource", "DatasetSource"} <= set(schema["$defs"])
+
+
+def described(schema, place="(top)"):
+    """The places of a JSON Schema's properties that have no description."""
+    found = []
+    if isinstance(schema, dict):
+        for key, one in schema.get("properties", {}).items():
+            found += [] if one.get("description") else [f"{place}.{key}"]
+        for key, one in schema.items():
+            found += described(one, f"{place}.{key}")
+    elif isinstance(schema, list):
+        found = [one for number, item in enumerate(schema) for one in described(item, f"{place}.{number}")]
+    return found
+
+
+def test_every_property_of_the_schema_is_described():
+    assert described(Experiment.model_json_schema()) == []
+
+
+@pytest.mark.parametrize(
+    ("patch", "path"),
+    [
+        ({"sed": 1}, []),
+        ({"tokenizer": {"train": {"vocab": 1}}}, ["tokenizer", "train"]),
+        ({"models": {"base": {"train": {"stesp": 1}}}}, ["models", "base", "train"]),
+        (student(inherit={"temprature": 1}), ["models", "base-to-large", "inherit"]),
+        (student(inherit={"targets": {"kk": 1}}), ["models", "base-to-large", "inherit", "targets"]),
+        ({"models": {"base": {"train": {"micro_batch_size": "8"}}}}, ["models", "base", "train", "micro_batch_size"]),
+        (source(text="a", tex="b"), ["corpora", "wb", "sources", 1]),
+        (source(jsonl="a", field=3), ["corpora", "wb", "sources", 1, "field"]),
+        (source(text="a", jsonl="b"), ["corpora", "wb", "sources", 1]),
+        ({"inference": {"precison": "bf16"}}, ["inference"]),
+    ],
+)
+def test_an_editor_underlines_a_mistake_where_it_is(patch, path):
+    """And not the whole optional block around it, as beside "or null"."""
+    validator = jsonschema.Draft202012Validator(Experiment.model_json_schema())
+    data = merge_patch(json.loads(DESIGN), patch)
+    errors = list(validator.iter_errors(data))
+    assert errors and {tuple(error.absolute_path) for error in errors} == {tuple(path)}
+    assert any(error.validator in ("additionalProperties", "type", "oneOf") for error in errors)
+    assert list(validator.iter_errors(json.loads(DESIGN))) == []
+
+
+def test_a_file_may_name_its_schema(load):
+    """For editors: neither the experiment's identity nor what a stage sees of it changes."""
+    named = load({"$schema": "./experiment.schema.json"})
+    assert digest(named.model_dump(mode="json")) == digest(load().model_dump(mode="json"))
+    assert "$schema" in Experiment.model_json_schema()["properties"]
 
 
 # ----------------------------------------------------------------------------------------------------- properties

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import pytest
 from helpers.experiment_file import json_values
@@ -71,9 +72,38 @@ def test_assignment_without_key_or_equals_sign(text):
         assignment(text)
 
 
-@pytest.mark.parametrize("value", ["NaN", "-Infinity", "1e999", "[" * 100_000, "1" * 10_000])
+@pytest.mark.parametrize("value", ["NaN", "-Infinity", "[1", "1 2"])
 def test_assignment_of_what_json_is_not_stays_a_string(value):
     assert assignment(f"a={value}") == {"a": value}
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a=1e999", "--set a=1e999: the number 1e999 is too large"),
+        (f"a={'1' * 10_000}", "is too large; expected at most 9223372036854775807"),
+        ("a=-9223372036854775808", "the number -9223372036854775808 is too large"),
+        ('a={"b": 1, "b": 2}', 'the key "b" stands twice in one object'),
+        (f"a={'[' * 5000}{']' * 5000}", "arrays and objects are nested more than 64 deep"),
+        (f"a={'[' * 65}{']' * 65}", "arrays and objects are nested more than 64 deep"),
+        ("a." * 5000 + "a=1", "arrays and objects are nested more than 64 deep"),
+    ],
+)
+def test_assignment_of_a_number_too_large_or_nested_too_deep(text, message):
+    with pytest.raises(UserError, match=re.escape(message)) as raised:
+        assignment(text)
+    assert len(str(raised.value)) < 300
+
+
+def test_depth_is_counted_in_arrays_and_objects():
+    assert assignment(f"a={'[' * 63}1{']' * 63}")
+    with pytest.raises(UserError, match="64 deep"):
+        assignment(f"a={'[' * 64}1{']' * 64}")
+
+
+def test_minus_zero_is_zero():
+    """Else the same number would give two identities."""
+    assert str(assignment("a=-0.0")["a"]) == "0.0" and str(assignment("a=-0")["a"]) == "0"
 
 
 def test_settings_come_after_the_scale(load):
@@ -108,14 +138,22 @@ def read_text(tmp_path, text):
         ('{"a": NaN}', ": NaN is not JSON"),
         ('{"a": -Infinity}', ": -Infinity is not JSON"),
         ('{"a": 1e999}', ": the number 1e999 is too large"),
-        ("1" * 10_000, ": "),
-        ("[" * 100_000, ": "),
+        ("1" * 10_000, ": the number 111111"),
+        ('{"a": 18446744073709551616}', ": the number 18446744073709551616 is too large; expected at most"),
+        ("[" * 100_000, ": arrays and objects are nested more than 64 deep"),
+        ("[" * 700 + "]" * 700, ": arrays and objects are nested more than 64 deep"),
         (b'{"a": "\xff"}', ": cannot be read: "),
         ("\ufeff{}", ":1:1: not JSON: "),
     ],
 )
 def test_broken_json_is_named_with_its_place(tmp_path, text, message):
     assert read_text(tmp_path, text).startswith(message)
+
+
+def test_a_key_that_stands_twice_among_many_is_found_at_once(tmp_path):
+    began = time.process_time()
+    read_text(tmp_path, "{" + ", ".join(f'"k{n}": 1' for n in range(40_000)) + ', "k0": 1}')
+    assert time.process_time() - began < 2.5
 
 
 def test_missing_file_and_folder_in_its_place(tmp_path):
