@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Literal
@@ -34,6 +34,7 @@ class Identity:
     stage: str
     config: dict[str, Any]
     inputs: dict[str, str]
+    notes: dict[str, str] = field(default_factory=dict)  # place in the record: what to say where it differs
 
     @property
     def record(self) -> dict[str, Any]:
@@ -195,10 +196,13 @@ def check_identity(path: Path, identity: Identity) -> None:
     """
     found = _identity(_read(path / (MANIFEST if (path / MANIFEST).exists() else UNSEALED)))
     if digest(found) != identity.fingerprint:
+        differ = differences(found, identity.record)
+        notes = [note for place, note in identity.notes.items() if any(one.startswith(f"{place}: ") for one in differ)]
         raise UserError(
             f"{path}: made from another experiment, corpus or configuration; "
-            + "; ".join(differences(found, identity.record))
+            + "; ".join(differ)
             + f". Choose another --workdir, put the old value back, or remove {path} to make it again."
+            + "".join(f" {note}" for note in notes)
         )
 
 

@@ -72,7 +72,7 @@ class Train(Stage):
                 inputs[f"targets/{corpus}"] = str(read_facts(stored)[1]["fingerprint"])
             else:  # not opened: a shard that is missing is found, and computed, when the stage itself runs
                 inputs[f"targets/{corpus}"] = str(read_manifest(space.root / "targets" / name)["fingerprint"])
-        return Identity(self.kind, config, inputs)
+        return Identity(self.kind, config, inputs, {"config.model.train.steps": longer(self.name)})
 
     def progress(self, space: Workspace) -> str:
         done = len(read_metrics(space.root / self.folder / "metrics.jsonl"))
@@ -156,6 +156,14 @@ class Train(Stage):
         facts = {"content": digest(weights), **skipped_facts(lines), **training_facts(space, student)}
         with heartbeat.lengthy(f"{self}: sealing"):
             seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
+
+
+def longer(name: str) -> str:
+    """The words on other `steps` than a model was trained with."""
+    return (
+        "The learning rate falls to the last of the steps, so what was trained is no beginning of a run with others; "
+        f'to train it on, leave it and add a model with "start_from": "{name}".'
+    )
 
 
 def shaping(model: Model) -> dict[str, Any]:

@@ -14,8 +14,8 @@ from ki_ds.cli.main import main
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment, trained_models
-from ki_ds.sealed import read_manifest
-from ki_ds.stages import student_data
+from ki_ds.sealed import check_identity, prepare, read_manifest
+from ki_ds.stages import Train, student_data
 from ki_ds.workspace import Workspace
 
 TRAIN = {"on": {"a": 1.0}, "steps": 4, "batch_size": 4, "learning_rate": 1e-3, "dropout": 0.0}
@@ -154,6 +154,21 @@ def test_folder_of_another_experiment(refused, tmp_path):
     assert "corpora/a: made from another experiment" in said
     assert "sequence_length: found 32, expected 64" in said
     assert "--workdir" in said
+
+
+def test_more_steps_of_a_trained_model_say_why_not_and_what_to_do(tmp_path):
+    (tmp_path / "a.txt").write_text(TEXT)
+    file = write(tmp_path / "e.json", experiment())
+    main_ok(["corpus", str(file), "--workdir", str(tmp_path / "work")])
+
+    def identity(*settings):
+        return Train("t").identity(Workspace(load_experiment(file, None, settings), file, tmp_path / "work"))
+
+    prepare(tmp_path / "t", identity())
+    with pytest.raises(UserError, match=r'steps: found 4, expected 8\. .* The learning rate .* "start_from": "t"'):
+        check_identity(tmp_path / "t", identity("models.t.train.steps=8"))
+    with pytest.raises(UserError, match=r"dropout: found 0\.0, expected 0\.5\. .* make it again\.$"):
+        check_identity(tmp_path / "t", identity("models.t.train.dropout=0.5"))
 
 
 def test_half_written_folder_is_continued(tmp_path):
