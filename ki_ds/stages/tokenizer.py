@@ -49,7 +49,7 @@ class Tokenizer(Stage):
             return
         train = space.experiment.tokenizer.train
         found = trained(space, train) if train else given(space)
-        found.hugging_face.save_pretrained(folder)
+        found.save(folder)
         seal(folder, identity, {"content": found.digest, "vocabulary": found.size})
 
 

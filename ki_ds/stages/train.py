@@ -147,7 +147,7 @@ class Train(Stage):
     def seal(self, space: Workspace, identity: Identity, student: TrainedModel) -> None:
         """Seal the folder of a finished model, with the tokenizer beside the weights."""
         folder = space.root / self.folder
-        space.tokenizer.hugging_face.save_pretrained(folder / "model")
+        space.tokenizer.save(folder / "model")
         weights = {}
         for file in sorted((folder / "model").glob("*.safetensors")):
             heartbeat.report(f"{self}: reading {file.name} once more")

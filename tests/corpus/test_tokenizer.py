@@ -1,8 +1,12 @@
 """The tokenizer: text is kept to the byte, special tokens in it are text, and another tokenizer has another digest."""
 
+import errno
 import json
+import os
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 from helpers.trained_tokenizers import KNOWN, OBJECTIVES, TRAINED, texts
 from hypothesis import example, given, settings
@@ -11,6 +15,7 @@ from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from ki_ds.corpus import tokenizer as tokenizers
+from ki_ds.corpus.masking import Viewer
 from ki_ds.errors import UserError
 
 SPECIAL = [*tokenizers.MLM_SPECIAL.values(), *tokenizers.CLM_SPECIAL.values()]
@@ -110,7 +115,31 @@ def lower_case(data, _):
     data["normalizer"] = {"type": "Lowercase"}
 
 
-@pytest.mark.parametrize("change", [swap_last_merges, swap_two_words, drop_begin, drop_pad, lower_case])
+def replace_what_the_probe_lacks(data, _):
+    data["normalizer"] = {"type": "Replace", "pattern": {"String": "Zürich"}, "content": "Zurich"}
+
+
+def split_what_the_probe_lacks(data, _):
+    split = {"type": "Split", "pattern": {"String": "ß"}, "behavior": "Isolated", "invert": False}
+    data["pre_tokenizer"] = {"type": "Sequence", "pretokenizers": [split, data["pre_tokenizer"]]}
+
+
+def ignore_merges(data, _):
+    data["model"]["ignore_merges"] = True
+
+
+def add_a_word_of_the_vocabulary(data, _):
+    word = {"single_word": False, "lstrip": True, "rstrip": False, "normalized": False, "special": False}
+    data["added_tokens"].append({"id": data["model"]["vocab"]["z"], "content": "z", **word})
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        swap_last_merges, swap_two_words, drop_begin, drop_pad, lower_case, replace_what_the_probe_lacks,
+        split_what_the_probe_lacks, ignore_merges, add_a_word_of_the_vocabulary,
+    ],
+)  # fmt: skip
 def test_digest_of_another_tokenizer_is_another(change):
     """Whatever moves ids, frames or what may be masked."""
     assert altered(change).digest != KNOWN["mlm"].digest
@@ -118,6 +147,77 @@ def test_digest_of_another_tokenizer_is_another(change):
 
 def test_digest_of_an_unaltered_copy_is_the_same():
     assert altered(lambda *_: None).digest == KNOWN["mlm"].digest
+
+
+def test_digest_covers_the_scores_of_a_unigram():
+    def scored(score):
+        words = [("<unk>", 0.0), ("</s>", 0.0), ("q", -1.0), ("z", -2.0), ("qz", score)]
+        backend = Tokenizer(models.Unigram(words, unk_id=0, byte_fallback=False))
+        return tokenizers.describe(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), "clm", "here")
+
+    one, two = scored(-2.5), scored(-9.0)
+    assert one.encode(["qz"]) != two.encode(["qz"]) and one.digest != two.digest
+
+
+# ----------------------------------------------------------------------------------- of strangers: as steady as ours
+
+
+def foreign(folder, change=lambda backend: None):
+    """A saved causal tokenizer, changed."""
+    backend = Tokenizer.from_str(TRAINED["clm"].backend_tokenizer.to_str())
+    change(backend)
+    PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>").save_pretrained(folder)
+    return folder
+
+
+def padding(backend):
+    backend.enable_padding(length=500, pad_token="<|endoftext|>", pad_id=0)
+
+
+def dropout(backend):
+    backend.model.dropout = 0.5
+
+
+@pytest.mark.parametrize("change", [lambda backend: backend.enable_truncation(7), padding, dropout])
+def test_what_cuts_fills_up_or_varies_is_off(tmp_path, change):
+    plain = tokenizers.load(foreign(tmp_path / "plain"), "clm", "here")
+    known = tokenizers.load(foreign(tmp_path / "changed", change), "clm", "here")
+    batch = texts(20)
+    assert known.encode(batch) == known.encode(batch) == plain.encode(batch) == KNOWN["clm"].encode(batch)
+    assert known.digest == tokenizers.load(tmp_path / "changed", "clm", "here").digest
+    if change is not padding:  # whose token becomes a special one of Hugging Face
+        assert known.digest == plain.digest
+    known.save(tmp_path / "copy")
+    saved = json.loads((tmp_path / "copy" / "tokenizer.json").read_text())
+    assert saved["truncation"] is saved["padding"] is saved["model"]["dropout"] is None
+    assert not {"max_length", "stride"} & json.loads((tmp_path / "copy" / "tokenizer_config.json").read_text()).keys()
+
+
+def test_a_unigram_does_not_sample():
+    words = [("<unk>", 0.0), ("</s>", 0.0), ("a", -1.0), ("b", -1.1), ("ab", -1.2)]
+    backend = Tokenizer(models.Unigram(words, unk_id=0, byte_fallback=False, alpha=0.1, nbest_size=9))
+    known = tokenizers.describe(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), "clm", "here")
+    assert {str(known.encode(["ab" * 20])) for _ in range(9)} == {str([[4] * 20])}
+
+
+def test_holes_between_ids_count_and_are_never_drawn():
+    """The head needs a row for the largest id; an id that no token has is no noise that a teacher knows."""
+    vocabulary = {"[UNK]": 0, "[SEP]": 1, "[MASK]": 3, "a": 4, "b": 9}
+    backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
+    special = {"unk_token": "[UNK]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    known = tokenizers.describe(PreTrainedTokenizerFast(tokenizer_object=backend, **special), "mlm", "here")
+    assert (known.size, known.special) == (10, [0, 1, 2, 3, 5, 6, 7, 8])
+    viewer = Viewer("mlm", 1, "wb", known.size, known.special, known.mask, 0.9)
+    shown = viewer(np.full((50, 50), 9), np.arange(50), np.zeros(50, int)).inputs_BS
+    assert set(shown.ravel().tolist()) == {3, 4, 9}
+
+
+def test_an_id_beyond_reason_is_refused():
+    backend = Tokenizer(models.WordLevel({"[UNK]": 0, "[SEP]": 1 << 31}, unk_token="[UNK]"))
+    with pytest.raises(
+        UserError, match=r"^here: the tokenizer's largest id is 2147483648; expected less than 16777216"
+    ):
+        tokenizers.describe(PreTrainedTokenizerFast(tokenizer_object=backend, sep_token="[SEP]"), "clm", "here")
 
 
 def bare(**special):
@@ -148,3 +248,40 @@ def test_a_tokenizer_that_cannot_be_loaded(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(UserError, match=f"^tokenizer.pretrained: no tokenizer can be loaded from {tmp_path}: "):
         tokenizers.load(tmp_path, "mlm", "tokenizer.pretrained")
+
+
+@pytest.mark.parametrize(
+    ("part", "damage"),
+    [
+        ("normalizer", {"type": "Precompiled", "precompiled_charsmap": "/////w=="}),  # a panic when it is read
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}),  # a panic when it encodes
+        ("model", {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]], "byte_fallback": False}),
+        ("pre_tokenizer", {"type": "Split", "pattern": {"Regex": "(a"}, "behavior": "Isolated", "invert": False}),
+    ],
+    ids=["damaged map", "chunks of nothing", "no unknown token", "no expression"],
+)
+def test_a_tokenizer_on_which_the_library_fails(tmp_path, part, damage):
+    file = foreign(tmp_path / "given") / "tokenizer.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), part: damage}))
+    with pytest.raises(UserError, match=f"^here: no tokenizer can be loaded from {tmp_path / 'given'}: .+"):
+        tokenizers.load(tmp_path / "given", "clm", "here")
+
+
+def test_a_text_on_which_the_library_fails():
+    backend = Tokenizer(models.WordLevel({"</s>": 0, tokenizers.PROBE: 1}, unk_token="[UNK]"))
+    known = tokenizers.describe(PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>"), "clm", "here")
+    with pytest.raises(
+        UserError, match=r"^the tokenizer cannot encode a document; .+: WordLevel error: Missing \[UNK\]"
+    ):
+        known.encode(["beyond it"])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+@pytest.mark.parametrize("file", ["tokenizer.json", "tokenizer_config.json"])
+def test_a_full_disk_is_named_with_the_folder(tmp_path, file):
+    (tmp_path / file).symlink_to("/dev/full")
+    with pytest.raises(UserError) as raised:
+        KNOWN["clm"].save(tmp_path)
+    found = str(raised.value)
+    assert found.startswith(f"{tmp_path}: the tokenizer cannot be written: {os.strerror(errno.ENOSPC)}")
+    assert "Free some space" in found
