@@ -8,6 +8,8 @@ Liu et al. 2019, section 4.2, cut at tokens rather than sentences). The rest tha
 from __future__ import annotations
 
 import contextlib
+import os
+import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +24,14 @@ from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Corpus
 from ki_ds.files import remedy
 from ki_ds.progress import Progress
-from ki_ds.sealed import Manifest, open_sealed
+from ki_ds.sealed import MANIFEST, Manifest, open_sealed
 
 BATCH_CHARACTERS = 1 << 20
+READ_BYTES = 1 << 20
 DOCUMENT_CHARACTERS = 256  # the least that a document counts for: its encoding takes about a kilobyte, however short
 PARTS = ("train", "validation")
+DTYPES = {"<u2": 2, "<u4": 4}  # bytes of an id
+MAX_LENGTH = 1 << 20  # the schema's
 
 
 @dataclass(frozen=True)
@@ -47,13 +52,30 @@ def open_tokens(folder: Path) -> Tokens:
     """Open a sealed corpus folder.
 
     Raises:
-        UserError: it is not sealed, or a file of it was lost or cut.
+        UserError: it is not sealed, a file of it was lost or cut, or its manifest does not describe its files.
     """
     manifest = open_sealed(folder)
-    facts = manifest.facts
-    shape = (-1, facts["sequence_length"])
-    parts = [np.memmap(folder / f"{part}.bin", facts["dtype"], mode="r").reshape(shape) for part in PARTS]
-    return Tokens(manifest, *parts)
+    said: list[Any] = [manifest.facts.get(key) for key in ("dtype", "sequence_length", "sequences")]
+    dtype, length, sequences = said
+    counts = [sequences.get(part) for part in PARTS] if isinstance(sequences, dict) else []
+    numbers = all(type(number) is int and number > 0 for number in (length, *counts))
+    if not (counts and numbers and length <= MAX_LENGTH and isinstance(dtype, str) and dtype in DTYPES):
+        raise _foreign(folder, f"dtype {dtype!r}, sequence_length {length!r}, sequences {sequences!r}")
+    maps = []
+    for part, count in zip(PARTS, counts, strict=True):
+        file, expected = folder / f"{part}.bin", count * length * DTYPES[dtype]
+        size = file.stat().st_size if file.is_file() else None
+        if size != expected:
+            raise _foreign(folder, f"{count} sequences of {length} ids, {expected} bytes, but {file.name} has {size}")
+        maps.append(np.memmap(file, np.dtype(dtype), mode="r", shape=(count, length)))
+    return Tokens(manifest, *maps)
+
+
+def _foreign(folder: Path, said: str) -> UserError:
+    return UserError(
+        f"{folder / MANIFEST}: does not describe token files of ki_ds ({said:.300}); expected a dtype of "
+        f"{', '.join(DTYPES)} and sizes that are those of the files. Remove {folder} and run again: it is made anew."
+    )
 
 
 def held_out(text: str, share: float) -> bool:
@@ -62,10 +84,11 @@ def held_out(text: str, share: float) -> bool:
 
 
 class _Writer:
-    """One part: a flow of tokens, cut into sequences and appended to a file."""
+    """One part: a flow of tokens, cut into sequences and appended to a file of a temporary name that is its own."""
 
     def __init__(self, path: Path, length: int, dtype: np.dtype, begin: int | None, end: int | None):
-        self.file = path.open("wb")
+        self.path, self.temporary = path, path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
+        self.file = self.temporary.open("wb")
         self.length, self.dtype = length, dtype
         self.before = [] if begin is None else [begin]
         self.after = [] if end is None else [end]
@@ -92,6 +115,29 @@ class _Writer:
         self.sequences += count
         del self.waiting[: count * self.width]
 
+    def finish(self) -> None:
+        """Give the file its name, once what lies on disk is what was written.
+
+        Raises:
+            UserError: it is not.
+        """
+        self.flush()
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        found = xxhash.xxh3_128()
+        with self.temporary.open("rb") as file:
+            if hasattr(os, "posix_fadvise"):  # read from the disk, not from memory
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+            while block := file.read(READ_BYTES):
+                found.update(block)
+        if found.digest() != self.digest.digest():
+            raise UserError(
+                f"{self.temporary}: what lies on disk is not what was written: digest {found.hexdigest()}, expected "
+                f"{self.digest.hexdigest()}. Something else writes to this file, or the disk loses data: check both, "
+                "and run again."
+            )
+        os.replace(self.temporary, self.path)
+
 
 def build(
     folder: Path, name: str, corpus: Corpus, bases: list[Path], tokenizer: TextTokenizer, objective: str, length: int
@@ -99,7 +145,7 @@ def build(
     """Tokenise a corpus into `folder`; returns the facts for its manifest. Memory is bounded by a batch of documents.
 
     Raises:
-        UserError: a source cannot be read, either part comes out empty, or the disk is full.
+        UserError: a source cannot be read, either part comes out empty, the disk is full or loses data.
     """
     place = f"corpora.{name}"
     dtype = np.dtype("<u2" if tokenizer.size <= 1 << 16 else "<u4")
@@ -116,14 +162,15 @@ def build(
                     writers[part].append([*ids, tokenizer.separator])
                 progress.advance(len(batch), f"{tally.characters / 1e6:,.1f}M characters")
         for writer in writers.values():
-            writer.flush()
-            writer.file.flush()
+            writer.finish()
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error.strerror}. {remedy(error)}") from None
     finally:
         for writer in writers.values():
             with contextlib.suppress(OSError):  # what did not fit on a full disk
                 writer.file.close()
+            with contextlib.suppress(OSError):  # most often it has its name by now
+                writer.temporary.unlink()
     sequences = {part: writer.sequences for part, writer in writers.items()}
     for part in PARTS:
         if not sequences[part]:

@@ -141,6 +141,63 @@ def test_building_again_over_a_half_written_folder(corpus, tmp_path):
     assert (folder / "train.bin").read_bytes() == before
 
 
+# ------------------------------------------------------------------------------------------------- as it lies
+
+
+def interrupted(monkeypatch, act):
+    """Something happens in the middle of the next build's documents, and not in that of a build within."""
+    real = module.documents
+
+    def texts(*arguments):
+        monkeypatch.setattr(module, "documents", real)
+        for number, text in enumerate(real(*arguments)):
+            if number == 60:
+                act()
+            yield text
+
+    monkeypatch.setattr(module, "documents", texts)
+    monkeypatch.setattr(module, "BATCH_CHARACTERS", 1)
+
+
+@pytest.mark.parametrize("ends", ["whole", "stopped"])
+def test_a_second_build_in_the_same_folder_leaves_the_first_as_it_is(corpus, tmp_path, monkeypatch, ends):
+    folder, facts = corpus(texts(300, words=400))
+    expected = {path.name: path.read_bytes() for path in folder.iterdir()}
+    given = Corpus(sources=[JsonLinesSource(jsonl="documents.jsonl")], validation=0.2)
+
+    def build_again():
+        if ends == "stopped":
+            (tmp_path / "bad.jsonl").write_text("{")
+            stopped = Corpus(sources=[JsonLinesSource(jsonl="bad.jsonl")], validation=0.2)
+            with pytest.raises(UserError, match="not JSON"):
+                build(folder, "wb", stopped, [tmp_path], KNOWN["mlm"], "mlm", 16)
+        else:
+            assert build(folder, "wb", given, [tmp_path], KNOWN["mlm"], "mlm", 16) == facts
+
+    interrupted(monkeypatch, build_again)
+    assert build(folder, "wb", given, [tmp_path], KNOWN["mlm"], "mlm", 16) == facts
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == expected
+
+
+@pytest.mark.parametrize("part", ["train", "validation"])
+def test_tokens_that_lie_on_disk_otherwise_than_written_get_no_name(corpus, monkeypatch, tmp_path, part):
+    folder, _ = corpus(texts(10))
+    for file in folder.iterdir():
+        file.unlink()
+    (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(300, 0, 400)))
+
+    def cut():
+        (file,) = folder.glob(f"{part}.bin*")
+        assert file.stat().st_size > 0
+        os.truncate(file, 0)  # what is written next leaves zeros before it
+
+    interrupted(monkeypatch, cut)
+    given = Corpus(sources=[JsonLinesSource(jsonl="documents.jsonl")], validation=0.4)
+    with pytest.raises(UserError, match=rf"/{part}\.bin\.\w+\.tmp: what lies on disk is not what was written: digest "):
+        build(folder, "wb", given, [tmp_path], KNOWN["mlm"], "mlm", 16)
+    assert [file.name for file in folder.iterdir()] == ["train.bin"] * (part == "validation")
+
+
 # ------------------------------------------------------------------------------------------------- validation
 
 
@@ -201,11 +258,12 @@ def test_a_corpus_too_short_for_the_sequence_length(corpus):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_full_disk_is_named_with_the_folder(tmp_path):
+def test_full_disk_is_named_with_the_folder(tmp_path, monkeypatch):
     (tmp_path / "documents.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(100)))
     folder = tmp_path / "wb"
     folder.mkdir()
-    (folder / "train.bin").symlink_to("/dev/full")
+    monkeypatch.setattr(module.secrets, "token_hex", lambda _: "x")
+    (folder / "train.bin.x.tmp").symlink_to("/dev/full")
     given = Corpus(sources=[JsonLinesSource(jsonl="documents.jsonl")])
     with pytest.raises(UserError) as raised:
         build(folder, "wb", given, [tmp_path], KNOWN["mlm"], "mlm", 16)
@@ -233,6 +291,27 @@ def test_opening_a_cut_or_lost_file(corpus, part):
     shutil.rmtree(folder)
     with pytest.raises(UserError, match="is not there"):
         open_tokens(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"dtype": "O"}, {"dtype": "|O"}, {"dtype": "<u2,O"}, {"dtype": "<f4"}, {"dtype": "<u4"}, {"dtype": ["<u2"]},
+        {"dtype": None}, {"sequence_length": 0}, {"sequence_length": -16}, {"sequence_length": True},
+        {"sequence_length": "16"}, {"sequence_length": 1 << 40}, {"sequence_length": 8}, {"sequences": None},
+        {"sequences": {"train": 1}}, {"sequences": {"train": 1 << 50, "validation": 1}},
+        {"sequences": {"train": 0, "validation": 0}}, {"sequences": {"train": 1.0, "validation": "x" * 1000}},
+    ],
+    ids=lambda change: str(change)[:50],
+)  # fmt: skip
+def test_a_manifest_that_does_not_describe_its_files(corpus, change):
+    """An object dtype reached numpy's memory map, which took the file's bytes for pointers."""
+    folder, facts = corpus(texts(100))
+    seal(folder, Identity("corpus", {}, {}), {**facts, **change})
+    with pytest.raises(UserError) as raised:
+        open_tokens(folder)
+    assert str(raised.value).startswith(f"{folder}/manifest.json: does not describe token files of ki_ds (")
+    assert len(str(raised.value)) < 700
 
 
 # ----------------------------------------------------------------------------------------------------- memory
