@@ -28,6 +28,7 @@ from typing import IO, Any, Literal
 import fsspec
 from fsspec.registry import known_implementations
 
+from ki_ds.corpus.memory import BOUND_BYTES, bounded
 from ki_ds.errors import UserError, nearest, reason, unreadable
 from ki_ds.experiment.schema import (
     SOURCE_KINDS,
@@ -39,6 +40,9 @@ from ki_ds.experiment.schema import (
 )
 
 MAX_DOCUMENT_CHARACTERS = 1 << 20
+MAX_LINE = (
+    1 << 25
+)  # characters of a line of JSON, bytes of a row of Parquet: parsed, they may take thirty times as much
 READ_BYTES = 1 << 20
 PARQUET_ROWS = 64  # in memory at once
 
@@ -214,7 +218,7 @@ def _blocks(file: _File, rule: _Rule) -> Iterator[str]:
     mark, position = "\ufeff", 0
     try:
         with file.open() as raw, _decompressed(raw, file.name) as stream:
-            for block in chain(iter(lambda: stream.read(READ_BYTES), b""), (b"",)):
+            for block in chain(iter(partial(_read, stream), b""), (b"",)):
                 position += len(block)
                 text = decoder.decode(block, final=not block)
                 yield text.removeprefix(mark)
@@ -224,6 +228,11 @@ def _blocks(file: _File, rule: _Rule) -> Iterator[str]:
         raise rule.refusal(f"{file.name}: byte {offset}", error.reason) from error
     except Exception as error:  # every file system and decompressor has exceptions of its own
         raise unreadable(file.name, error) from error
+
+
+def _read(stream: IO[bytes]) -> bytes:
+    with bounded():  # a decompressor may be told to keep gigabytes of what it has written
+        return stream.read(READ_BYTES)
 
 
 # -------------------------------------------------------------------------------------------------- documents
@@ -251,21 +260,29 @@ def _pieces(text: str) -> Iterator[str]:
     yield text[start:]
 
 
-def _lines(blocks: Iterable[str]) -> Iterator[str]:
+def _lines(blocks: Iterable[str], name: str) -> Iterator[tuple[str, str]]:
+    """Where each line stands, and the line."""
     pending: list[str] = []
+    number, length = 1, 0
     for block in chain(blocks, ("\n",)):
-        first, *others = block.split("\n")
-        pending.append(first)
-        for other in others:
-            yield "".join(pending)
-            pending = [other]
+        for index, part in enumerate(block.split("\n")):
+            if index:
+                yield f"{name}:{number}", "".join(pending)
+                number, length, pending = number + 1, 0, []
+            length += len(part)
+            if length > MAX_LINE:
+                raise _too_long(f"{name}:{number}", f"a line of more than {MAX_LINE} characters")
+            pending.append(part)
+
+
+def _too_long(where: str, found: str) -> UserError:
+    return UserError(f"{where}: {found}; make several documents of it, or leave it out")
 
 
 def _json_lines(file: _File, field: str, rule: _Rule) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_lines(_blocks(file, rule)), start=1):
+    for where, line in _lines(_blocks(file, rule), file.name):
         if not line.strip():
             continue
-        where = f"{file.name}:{number}"
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
@@ -295,25 +312,47 @@ def _parquet(file: _File, field: str, rule: _Rule) -> Iterator[tuple[str, str]]:
     import pyarrow
     from pyarrow import parquet
 
+    # Arrow's own pool takes a gigabyte of addresses ahead: now, and no more, or the bound would count it or miss it.
+    pyarrow.allocate_buffer(1)
+    pyarrow.set_memory_pool(pyarrow.system_memory_pool())
     try:
         with file.open() as raw:
-            table = parquet.ParquetFile(raw, buffer_size=READ_BYTES)
+            with bounded():
+                table = parquet.ParquetFile(raw, buffer_size=READ_BYTES)
             _check_field(field, table.schema_arrow.names, file.name)
             kind = table.schema_arrow.field(field).type
             plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
             if plain not in (pyarrow.string(), pyarrow.large_string(), pyarrow.string_view()):
                 raise UserError(f'{file.name}: the column "{field}" is of type {kind}; expected strings')
-            batches = table.iter_batches(PARQUET_ROWS, columns=[field])
-            # As bytes, since Arrow checks no UTF-8 and Python would, with an error for the whole batch.
-            values = chain.from_iterable(b.column(0).cast(plain).cast(pyarrow.large_binary()) for b in batches)
-            for row, value in enumerate(values):
-                if value.is_valid:
-                    where = f"{file.name}: row {row}"
-                    yield where, _decoded(value.as_py(), where, rule)
+            row = 0
+            batches = table.iter_batches(PARQUET_ROWS, columns=[field], use_threads=False)
+            while (values := _next_values(batches, plain)) is not None:
+                for value in values:
+                    if value.is_valid:
+                        where = f"{file.name}: row {row}"
+                        if (size := value.as_buffer().size) > MAX_LINE:
+                            raise _too_long(where, f"a text of {size} bytes, more than {MAX_LINE}")
+                        yield where, _decoded(value.as_py(), where, rule)
+                    row += 1
+                del values  # before the next ones are read
     except UserError:
         raise
+    except MemoryError as error:
+        raise UserError(
+            f"{file.name}: takes more than {BOUND_BYTES >> 20} MiB to read: {reason(error)}; write it anew in smaller "
+            "pages and row groups, or leave it out"
+        ) from error
     except Exception as error:  # Arrow's own, and those of every file system
         raise unreadable(file.name, error) from error
+
+
+def _next_values(batches: Iterator[Any], plain: Any) -> Any:
+    """As bytes, since Arrow checks no UTF-8 and Python would, with an error for the whole batch; None: at the end."""
+    import pyarrow
+
+    with bounded():
+        batch = next(batches, None)
+        return None if batch is None else batch.column(0).cast(plain).cast(pyarrow.large_binary())
 
 
 def _decoded(value: bytes, where: str, rule: _Rule) -> str:

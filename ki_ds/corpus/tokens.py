@@ -57,7 +57,7 @@ def open_tokens(folder: Path) -> Tokens:
     manifest = open_sealed(folder)
     said: list[Any] = [manifest.facts.get(key) for key in ("dtype", "sequence_length", "sequences")]
     dtype, length, sequences = said
-    counts = [sequences.get(part) for part in PARTS] if isinstance(sequences, dict) else []
+    counts: list[Any] = [sequences.get(part) for part in PARTS] if isinstance(sequences, dict) else []
     numbers = all(type(number) is int and number > 0 for number in (length, *counts))
     if not (counts and numbers and length <= MAX_LENGTH and isinstance(dtype, str) and dtype in DTYPES):
         raise _foreign(folder, f"dtype {dtype!r}, sequence_length {length!r}, sequences {sequences!r}")
