@@ -9,13 +9,10 @@ so that one place finds both, counts them and tells them from a U+FFFD that stan
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import glob
-import gzip
 import io
 import json
-import lzma
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,11 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import fsspec
 from fsspec.registry import known_implementations
 
+from ki_ds.corpus.decompression import decompressed, read_block
 from ki_ds.corpus.memory import BOUND_BYTES, bounded
 from ki_ds.errors import UserError, nearest, reason, unreadable
 from ki_ds.experiment.schema import (
@@ -98,14 +96,15 @@ def documents(
     """All documents of the sources, in order: stripped, none empty, each at most MAX_DOCUMENT_CHARACTERS long.
 
     A longer document comes in pieces, cut at whitespace where there is some. Relative paths are looked up in `bases`,
-    the first with a match wins. `place` is the corpus's JSON path, for errors. `tally` counts what is yielded.
+    the first with a match wins. A file that several sources of a kind and field name is read once, whatever links lead
+    to it. `place` is the corpus's JSON path, for errors. `tally` counts what is yielded.
 
     Raises:
         UserError: a source is missing, unreadable or lacks the field, or it is not UTF-8 and that is refused.
     """
-    rule = _Rule(place, refuse=invalid_utf8 == "refuse")
+    rule, seen = _Rule(place, refuse=invalid_utf8 == "refuse"), set[tuple[Any, ...]]()
     for index, source in enumerate(sources):
-        for where, text in _texts(source, bases, f"{place}.sources.{index}", rule):
+        for where, text in _texts(source, bases, f"{place}.sources.{index}", rule, seen):
             for piece in filter(None, _pieces(text.strip())):
                 if _SURROGATE.search(piece):
                     if rule.refuse:
@@ -128,21 +127,25 @@ def files(source: FileSource, bases: Sequence[Path], place: str) -> list[tuple[s
     return [(file.name, file.size_bytes) for file in _found(source, bases, place)]
 
 
-def _texts(source: Source, bases: Sequence[Path], place: str, rule: _Rule) -> Iterator[tuple[str, str]]:
-    """Where each text stands, for errors, and the text."""
-    match source:
-        case TextSource():
-            for file in _found(source, bases, place):
-                for text in _paragraphs(_blocks(file, rule)):
-                    yield file.name, text
-        case JsonLinesSource():
-            for file in _found(source, bases, place):
+def _texts(
+    source: Source, bases: Sequence[Path], place: str, rule: _Rule, seen: set[tuple[Any, ...]]
+) -> Iterator[tuple[str, str]]:
+    """Where each text stands, for errors, and the text; files that are `seen` are passed over."""
+    if isinstance(source, DatasetSource):
+        yield from _dataset(source, bases, place)
+        return
+    for file in _found(source, bases, place):
+        once = (type(source), getattr(source, "field", ""), os.path.realpath(file.name))
+        if once in seen:
+            continue
+        seen.add(once)
+        match source:
+            case TextSource():
+                yield from ((file.name, text) for text in _paragraphs(_blocks(file, rule)))
+            case JsonLinesSource():
                 yield from _json_lines(file, source.field, rule)
-        case ParquetSource():
-            for file in _found(source, bases, place):
+            case ParquetSource():
                 yield from _parquet(file, source.field, rule)
-        case DatasetSource():
-            yield from _dataset(source, bases, place)
 
 
 # ------------------------------------------------------------------------------------------------------- files
@@ -151,7 +154,7 @@ def _texts(source: Source, bases: Sequence[Path], place: str, rule: _Rule) -> It
 def _found(source: FileSource, bases: Sequence[Path], place: str) -> list[_File]:
     kind = next(kind for kind, cls in SOURCE_KINDS.items() if isinstance(source, cls))
     pattern: str = getattr(source, kind)
-    local = "://" not in pattern
+    local = "://" not in pattern.removeprefix("file://")
     found = _local(pattern, bases) if local else _remote(pattern, f"{place}.{kind}")
     if not found:
         looked = "" if not local or os.path.isabs(pattern) else f" (looked in {', '.join(map(str, bases))})"
@@ -163,14 +166,38 @@ def _found(source: FileSource, bases: Sequence[Path], place: str) -> list[_File]
 
 
 def _local(pattern: str, bases: Sequence[Path]) -> list[_File]:
-    pattern = os.path.expanduser(pattern)
+    if "\0" in pattern:
+        return []
+    pattern = os.path.expanduser(pattern.removeprefix("file://"))
     for base in bases or (Path(),):
         # A name that exists is meant as it stands, whatever brackets it has. Links are not resolved: the endings count.
-        names = [pattern] if os.path.isfile(base / pattern) else glob.glob(pattern, root_dir=base, recursive=True)
-        paths = {os.path.abspath(base / name) for name in names if os.path.isfile(base / name)}
+        whole = os.path.join(base, pattern)
+        names = [whole] if os.path.isfile(whole) else _matches(str(base), pattern)
+        paths: dict[str, str] = {}
+        for path in sorted(os.path.abspath(name) for name in names if os.path.isfile(name)):
+            paths.setdefault(os.path.realpath(path), path)
         if paths:
-            return [_File(path, os.path.getsize(path), partial(open, path, "rb")) for path in paths]
+            return [_File(path, os.path.getsize(path), partial(open, path, "rb")) for path in paths.values()]
     return []
+
+
+def _matches(base: str, pattern: str) -> Iterator[str]:
+    """What `glob.glob` matches; but where that follows links round and round, `**` enters each real folder once."""
+    parts = pattern.split("/")
+    if "**" not in parts:
+        yield from (os.path.join(base, name) for name in glob.glob(pattern, root_dir=base))
+        return
+    at = parts.index("**")
+    before, after = "/".join([*parts[:at], ""]), [part for part in parts[at:] if part]
+    while after[:1] == ["**"]:
+        del after[0]
+    seen: set[str] = set()
+    pending = sorted(os.path.join(base, name) for name in (glob.glob(before, root_dir=base) if before else [""]))
+    for folder in pending:  # which grows: the folders of a level by their names, then those below them
+        if (real := os.path.realpath(folder)) not in seen:
+            seen.add(real)
+            yield from _matches(folder, "/".join(after) or "*")
+            pending += sorted(glob.glob(os.path.join(glob.escape(folder), "*", "")))
 
 
 def _remote(pattern: str, place: str) -> list[_File]:
@@ -197,28 +224,13 @@ def _installation(pattern: str, error: Exception) -> str:
     return ""
 
 
-def _decompressed(raw: IO[bytes], name: str) -> Any:
-    match os.path.splitext(name)[1].lower():
-        case ".gz":
-            return gzip.open(raw)
-        case ".xz":
-            return lzma.open(raw)
-        case ".bz2":
-            return bz2.open(raw)
-        case ".zst":
-            import pyarrow  # zstandard's own reader takes a file that is cut short for a whole one
-
-            return pyarrow.CompressedInputStream(raw, "zstd")
-    return raw
-
-
 def _blocks(file: _File, rule: _Rule) -> Iterator[str]:
     """The text of a file in blocks of about READ_BYTES, decompressed, without a byte order mark."""
     decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(rule.decode_errors()), translate=True)
     mark, position = "\ufeff", 0
     try:
-        with file.open() as raw, _decompressed(raw, file.name) as stream:
-            for block in chain(iter(partial(_read, stream), b""), (b"",)):
+        with file.open() as raw, decompressed(raw, file.name) as stream:
+            for block in chain(iter(partial(read_block, stream, READ_BYTES), b""), (b"",)):
                 position += len(block)
                 text = decoder.decode(block, final=not block)
                 yield text.removeprefix(mark)
@@ -228,11 +240,6 @@ def _blocks(file: _File, rule: _Rule) -> Iterator[str]:
         raise rule.refusal(f"{file.name}: byte {offset}", error.reason) from error
     except Exception as error:  # every file system and decompressor has exceptions of its own
         raise unreadable(file.name, error) from error
-
-
-def _read(stream: IO[bytes]) -> bytes:
-    with bounded():  # a decompressor may be told to keep gigabytes of what it has written
-        return stream.read(READ_BYTES)
 
 
 # -------------------------------------------------------------------------------------------------- documents
@@ -368,7 +375,7 @@ def _dataset(source: DatasetSource, bases: Sequence[Path], place: str) -> Iterat
     except ImportError as error:
         raise UserError(f"{place}.dataset: {reason(error)}; run `pip install datasets`") from error
 
-    name = next((str(base / source.dataset) for base in bases if (base / source.dataset).is_dir()), source.dataset)
+    name = next((str(base / source.dataset) for base in bases if os.path.isdir(base / source.dataset)), source.dataset)
     where = f"{place}.dataset: {name}"
     try:
         rows = datasets.load_dataset(name, source.configuration, split=source.split, streaming=True)

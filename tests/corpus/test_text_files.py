@@ -1,7 +1,11 @@
 """Text files: which are found, and the documents that come out of them, however they are packed, named and cut."""
 
+import glob
 import gzip
+import os
+import tempfile
 import tracemalloc
+from pathlib import Path
 
 import pytest
 from helpers.sources import COMPRESSORS, read
@@ -10,7 +14,8 @@ from hypothesis import strategies as st
 
 from ki_ds.corpus import sources as module
 from ki_ds.corpus.sources import Tally, documents, files
-from ki_ds.experiment.schema import TextSource
+from ki_ds.errors import UserError
+from ki_ds.experiment.schema import JsonLinesSource, TextSource
 
 
 def test_blank_lines_separate_documents(tmp_path):
@@ -52,7 +57,7 @@ def test_first_base_with_a_match_wins(tmp_path):
         base.mkdir()
     (bases[1] / "a.txt").write_text("one")
     (bases[2] / "a.txt").write_text("two")
-    assert read(TextSource(text="a.txt"), TextSource(text="*.txt"), bases=bases) == ["one", "one"]
+    assert read(TextSource(text="a.txt"), bases=bases) == read(TextSource(text="*.txt"), bases=bases) == ["one"]
     assert read(TextSource(text=str(bases[2] / "a.txt")), bases=bases) == ["two"]
 
 
@@ -60,13 +65,64 @@ def test_brackets_in_a_name_and_in_a_base(tmp_path):
     base = tmp_path / "[base]"
     base.mkdir()
     (base / "a[1].txt").write_text("literal")
-    assert read(TextSource(text="a[1].txt"), TextSource(text="*.txt"), bases=[base]) == ["literal", "literal"]
+    assert (
+        read(TextSource(text="a[1].txt"), bases=[base]) == read(TextSource(text="*.txt"), bases=[base]) == ["literal"]
+    )
+    (base / "folder" / "[c]").mkdir(parents=True)
+    (base / "folder" / "[c]" / "b.txt").write_text("below")
+    assert read(TextSource(text="**/*.txt"), bases=[base]) == ["literal", "below"]
 
 
 def test_link_is_read_by_its_own_ending(tmp_path):
     (tmp_path / "blob").write_bytes(gzip.compress(b"text"))
     (tmp_path / "a.gz").symlink_to("blob")
     assert read(TextSource(text="a.gz"), bases=[tmp_path]) == ["text"]
+
+
+def test_links_that_point_back(tmp_path):
+    """Two of them hung `glob.glob`; one gave each document forty-one times."""
+    for name in ("a/x.txt", "b/y.txt"):
+        (tmp_path / "data" / name).parent.mkdir(parents=True)
+        (tmp_path / "data" / name).write_text(name)
+    for name in ("a/back", "a/again", "b/back"):
+        (tmp_path / "data" / name).symlink_to(tmp_path / "data")
+    expected = [str(tmp_path / "data" / name) for name in ("a/x.txt", "b/y.txt")]
+    for pattern in ("data/**/*.txt", "**/**/*.txt", "data/**", f"{tmp_path}/data/**", f"file://{tmp_path}/**/*.txt"):
+        assert [name for name, _ in files(TextSource(text=pattern), [tmp_path], "s")] == expected, pattern
+    assert read(TextSource(text="data/**/b/**/*.txt"), bases=[tmp_path]) == ["a/x.txt", "b/y.txt"]
+
+
+def test_a_file_of_several_names_is_read_once(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "c.jsonl").write_text('{"text": "c", "title": "C"}')
+    (tmp_path / "b.jsonl").symlink_to("real/c.jsonl")
+    (tmp_path / "a").symlink_to("real")
+    assert [name for name, _ in files(JsonLinesSource(jsonl="**/*.jsonl"), [tmp_path], "s")] == [
+        str(tmp_path / "a" / "c.jsonl")
+    ]
+    sources = [JsonLinesSource(jsonl=pattern) for pattern in ("b*", "real/*", "**/*.jsonl", f"{tmp_path}/a/c.jsonl")]
+    assert read(*sources, bases=[tmp_path]) == ["c"]
+    assert read(*sources, JsonLinesSource(jsonl="a/*", field="title"), bases=[tmp_path]) == ["c", "C"]
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    names=st.lists(st.lists(st.sampled_from(["a", "b", ".c", "x.txt"]), min_size=1, max_size=4), max_size=6),
+    pattern=st.lists(st.sampled_from(["**", "*", "a", "*.txt", ".*", "a**"]), min_size=1, max_size=4),
+)
+def test_without_links_a_pattern_matches_what_glob_does(names, pattern):
+    with tempfile.TemporaryDirectory() as folder:
+        for name in names:
+            path = Path(folder, *name, "f.txt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.touch()
+        text = "/".join(pattern)
+        found = {os.path.join(folder, name) for name in glob.glob(text, root_dir=folder, recursive=True)}
+        expected = sorted(filter(os.path.isfile, found))
+        try:
+            assert [name for name, _ in files(TextSource(text=text), [Path(folder)], "s")] == expected
+        except UserError:
+            assert not expected
 
 
 def test_urls(memory, tmp_path):

@@ -8,7 +8,7 @@ from helpers.sources import COMPRESSORS, failure, read
 
 from ki_ds.corpus import sources as module
 from ki_ds.corpus.sources import Tally
-from ki_ds.experiment.schema import JsonLinesSource, ParquetSource, TextSource
+from ki_ds.experiment.schema import DatasetSource, JsonLinesSource, ParquetSource, TextSource
 
 
 def test_no_file_matches(tmp_path):
@@ -64,6 +64,24 @@ def test_unreadable_file(tmp_path, monkeypatch):
     monkeypatch.setattr(module, "open", refuse, raising=False)  # root may read every file, whatever its mode
     message = failure(TextSource(text="a.txt"), bases=[tmp_path])
     assert message == f"{path}: cannot be read: Permission denied; make it readable for this user"
+
+
+LONG = "x" * 300
+
+
+@pytest.mark.parametrize(
+    "path",
+    ["a\0b", "a\0*/b", "**/\0", "~a\0/b", LONG, f"{LONG}/**/*", f"*/{LONG}", f"memory://a\0/{LONG}", f"file:///{LONG}"],
+    ids=lambda path: path.replace(LONG, "LONG").replace("\0", "NUL"),
+)
+def test_names_that_no_file_can_have(tmp_path, path):
+    for text in (path, f"{tmp_path}/{path.replace('://', '')}"):
+        assert "sources.0.text: no file matches" in failure(TextSource(text=text), bases=[tmp_path])
+
+
+def test_names_that_no_dataset_can_have(tmp_path):
+    for name in (LONG, "a\0b"):
+        assert "sources.0.dataset: " in failure(DatasetSource(dataset=name), bases=[tmp_path])
 
 
 def test_missing_backend(monkeypatch):
