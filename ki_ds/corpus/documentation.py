@@ -10,6 +10,7 @@ import json
 import multiprocessing
 import os
 import sysconfig
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -52,9 +53,20 @@ def _parsed(paths: list[str]) -> Iterator[str]:
         return
     # Spawned, since a fork of a process with threads can hang. Syntax trees have no cycles for the collector to find.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(PARSERS, mp_context=context, initializer=gc.disable) as pool:
+    with ProcessPoolExecutor(PARSERS, mp_context=context, initializer=_begin) as pool:
         for texts in pool.map(_docstrings, paths, chunksize=16):
             yield from texts
+
+
+def _begin() -> None:
+    """In each of the processes: they wait for work for ever where their parent was killed, unless they watch it."""
+    gc.disable()
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    multiprocessing.parent_process().join()  # type: ignore[union-attr]
+    os._exit(1)
 
 
 def _python_files(name: str) -> list[str]:

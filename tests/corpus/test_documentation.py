@@ -1,11 +1,16 @@
 """The demo's text: docstrings of installed packages in source order, and every way this can fail."""
 
 import ast
+import contextlib
+import os
+import subprocess
 import sys
 import sysconfig
 import tempfile
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from helpers.sources import read
 
@@ -121,6 +126,33 @@ def test_processes_give_the_same_in_the_same_order(installed, monkeypatch):
     monkeypatch.setattr(module, "PARALLEL_FILES", 0)
     assert docs("kids_many") == alone
     assert len(alone) == 40
+
+
+def test_processes_end_with_their_parent(tmp_path):
+    """Killed, it cannot tell them."""
+    script, pipe = tmp_path / "parse.py", tmp_path / "pipe"
+    os.mkfifo(pipe)  # in which a process waits that parses it
+    script.write_text(
+        "from ki_ds.corpus import documentation\n"
+        "if __name__ == '__main__':\n"
+        "    documentation.PARALLEL_FILES = 0\n"
+        f"    list(documentation._parsed([{str(pipe)!r}]))\n"
+    )
+    with subprocess.Popen([sys.executable, script]) as parent:
+        limit = time.monotonic() + 30
+        while time.monotonic() < limit:
+            with contextlib.suppress(OSError):  # nobody reads yet
+                writer = os.open(pipe, os.O_WRONLY | os.O_NONBLOCK)
+                break
+            time.sleep(0.02)
+        started = psutil.Process(parent.pid).children(recursive=True)
+        assert len(started) >= 2  # one that parses, and the one that multiprocessing adds
+        parent.kill()
+    left = psutil.wait_procs(started, timeout=5)[1]
+    os.close(writer)
+    for process in left:
+        process.kill()
+    assert not left
 
 
 def test_standard_library(tmp_path, monkeypatch):
