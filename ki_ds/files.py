@@ -5,13 +5,18 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import mmap
 import os
 import secrets
-from collections.abc import Iterable
+import stat
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from ki_ds.errors import UserError
+
+PIECE = 1 << 26  # bytes
+on_piece: list[Callable[[], None]] = []  # who is to be told that a long flush gets on: `launch.heartbeat`
 
 
 def digest(value: Any) -> str:
@@ -42,10 +47,10 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
     """
     temporary = path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")  # process ids of two nodes may be the same
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("w+b") as file:
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
-            os.fsync(file.fileno())
+            _flush(file.fileno())
         os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
@@ -65,6 +70,28 @@ def sync(path: Path) -> None:
     """Flush a file or folder to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        _flush(handle)
     finally:
         os.close(handle)
+
+
+def _flush(handle: int) -> None:
+    """Flush what is open to disk: a large file piece by piece, since a slow disk takes hours for it and is not to look
+    like one that hangs."""
+    size = os.fstat(handle).st_size if stat.S_ISREG(os.fstat(handle).st_mode) else 0
+    try:
+        pages = mmap.mmap(handle, size, mmap.MAP_SHARED, mmap.PROT_READ) if size > PIECE else None
+    except OSError:  # a file system without
+        pages = None
+    if pages is not None:
+        with pages:
+            for begin in range(0, size, PIECE):
+                pages.flush(begin, min(PIECE, size - begin))
+                _tell()
+    os.fsync(handle)
+    _tell()
+
+
+def _tell() -> None:
+    for call in on_piece:
+        call()

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
+import os
 import sys
 import time
 from types import TracebackType
@@ -13,6 +17,39 @@ LINE_EVERY_S = 10.0
 def say(*words: object) -> None:
     """A line of the program's own."""
     print(*words, flush=True)
+
+
+class _Outlasting(io.FileIO):
+    """A terminal that takes what is written even after it has gone: a run that saves then must not fail for words."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            return len(data)
+
+
+def outlast_terminal() -> None:
+    """Have standard output and error take all that is written to them: letters that they do not know, in another form,
+    and what comes after the terminal has gone."""
+    for name, errors in (("stdout", "replace"), ("stderr", "backslashreplace")):
+        stream = getattr(sys, name)
+        if not isinstance(stream, io.TextIOWrapper):  # replaced by a program that runs this one
+            continue
+        stream.reconfigure(errors=errors)
+        if stream.isatty() and not isinstance(getattr(stream.buffer, "raw", None), _Outlasting):
+            stream.flush()
+            there = io.BufferedWriter(_Outlasting(stream.fileno(), "w", closefd=False))
+            setattr(sys, name, io.TextIOWrapper(there, stream.encoding, errors, line_buffering=True))
+
+
+def show_cursor() -> None:
+    """Give a terminal its cursor back, which a bar hides; also from a signal's handler, and for killed ranks."""
+    if os.isatty(1):
+        with contextlib.suppress(OSError):
+            os.write(1, b"\x1b[?25h")
 
 
 def duration(seconds: float) -> str:

@@ -1,13 +1,16 @@
 """The ki-ds command; the only reader of argv.
 
-Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal, to be started again; 1 anything else.
+Exit codes: 0 done; 2 the input is wrong; 75 stopped by a signal, to be started again (130 by Ctrl-C, 129 because its
+terminal was lost); 1 anything else.
 """
 
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import time
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -17,8 +20,8 @@ from ki_ds.cli import look, run
 from ki_ds.cli.targets import app as targets_app
 from ki_ds.errors import StageFailed, UserError
 from ki_ds.files import remedy
-from ki_ds.launch import distributed, heartbeat
-from ki_ds.progress import say
+from ki_ds.launch import distributed, heartbeat, signals
+from ki_ds.progress import outlast_terminal, say, show_cursor
 
 PEER_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # gloo's words
 
@@ -42,9 +45,27 @@ def top(_version: Annotated[bool, typer.Option("--version", callback=version, is
     """Knowledge inheritance: pre-train a larger language model with the help of a smaller one."""
 
 
+def _on_signal(number: int, _frame: FrameType | None) -> None:
+    """Stop what this process does; where that does not come through, the same signal again ends it at once."""
+    first = not signals.asked
+    if signals.note(number):
+        show_cursor()
+        os._exit(signals.code_of(number))
+    if first:
+        raise heartbeat.Stopped
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Run a command and end the process with its exit code."""
+    outlast_terminal()
+    signals.asked.clear()
+    with signals.listening(_on_signal):
+        _run(arguments)
+
+
+def _run(arguments: list[str] | None) -> None:
     try:
+        distributed.check_environment()
         app(args=arguments, standalone_mode=True)
     except UserError as error:
         heartbeat.end("failed")
@@ -59,7 +80,7 @@ def main(arguments: list[str] | None = None) -> None:
         heartbeat.end("stopped")
         if distributed.rank() == 0 and not heartbeat.THIS_RANK.watched:
             print("stopped, as asked; the same command goes on from here", file=sys.stderr, flush=True)
-        raise SystemExit(heartbeat.REQUEUE) from None
+        raise SystemExit(heartbeat.exit_code()) from None
     except RuntimeError as error:
         if distributed.world_size() == 1 or not any(sign in str(error) for sign in PEER_GONE):
             raise

@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Annotated
 
 import typer
@@ -34,6 +32,7 @@ from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment
 from ki_ds.files import remedy, write_atomically
 from ki_ds.launch import distributed, heartbeat
+from ki_ds.launch.call import read_call
 from ki_ds.launch.command import Launch, check
 from ki_ds.progress import duration, say
 from ki_ds.stages.pipeline import commands, run, stages, work
@@ -59,20 +58,10 @@ def run_stages(
     control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
     launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
     check(launch)
-    _listen()
     done = run(space, launch, only, name)
     say(f"\n{only or space.experiment.name}: all done in {duration(time.monotonic() - began)}")
     for line in (line for stage in done for line in stage.conclusion(space)):
         say(line)
-
-
-def _listen() -> None:
-    for number in heartbeat.SIGNALS:
-        signal.signal(number, _on_signal)
-
-
-def _on_signal(_number: int, _frame: FrameType | None) -> None:
-    raise heartbeat.Stopped
 
 
 def run_command(
@@ -110,7 +99,6 @@ def demo(
     given = shipped(f"experiments/{'demo_mlm' if masked else 'demo'}.json")
     name = load_experiment(given, scale, tuple(settings or ())).name
     folder = workdir or Path("work") / name
-    _listen()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -137,13 +125,13 @@ def shipped(name: str) -> Path:
 def worker(
     kinds: str, file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None,
     names: Annotated[list[str] | None, typer.Option("--name")] = None,
-    parent: Annotated[int | None, typer.Option(hidden=True)] = None,
+    watch_input: Annotated[bool, typer.Option("--watch-input", hidden=True)] = False,
     control: Annotated[Path | None, typer.Option(hidden=True)] = None, timeout: Timeout = 10.0,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
 ) -> None:  # fmt: skip
     """One rank of launched stages; started by a launcher."""
-    if parent is not None:
-        distributed.end_with(parent)
+    if watch_input:
+        distributed.end_with_input()
     space = open_workspace(file, scale, workdir, settings)
     signs = control or space.root / ".control" / distributed.rendezvous()
     heartbeat.start(signs, distributed.rank(), distributed.world_size(), 60 * timeout, watched=control is not None)
@@ -173,3 +161,8 @@ def add(app: typer.Typer) -> None:
         app.command(name, help=text)(stage_command(name))
     app.command()(demo)
     app.command(hidden=True)(worker)
+
+    @app.command(hidden=True)
+    def worker_told(call: str) -> None:
+        """A worker whose arguments lie in a file, as `ki-ds run` starts it."""
+        app(args=read_call(call), standalone_mode=False)

@@ -55,7 +55,8 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
             engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
         own = [file for file in here.rglob("*") if file.is_file() and _is_own(file)]
         for file in own:
-            sync(file)
+            with heartbeat.lengthy(f"writing {file} through to disk"):
+                sync(file)
     except (OSError, RuntimeError) as error:
         # torch has many words for a disk that is full
         if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free > LITTLE:

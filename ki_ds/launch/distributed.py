@@ -9,7 +9,6 @@ import shutil
 import socket
 import subprocess
 import threading
-import time
 import warnings
 import zlib
 from datetime import timedelta
@@ -28,8 +27,27 @@ WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+_servers: list[torch.distributed.TCPStore] = []  # of this process, as long as it lives
+
+
 def _told(names: tuple[str, ...], otherwise: int) -> int:
-    return next((int(os.environ[name]) for name in names if name in os.environ), otherwise)
+    found = next((os.environ[name] for name in names if name in os.environ), "")
+    return int(found) if found.isdecimal() else otherwise
+
+
+def check_environment() -> None:
+    """Check what this process's launcher told it.
+
+    Raises:
+        UserError: a number that is none, or that does not fit the others.
+    """
+    for names in (RANK, WORLD_SIZE, LOCAL_RANK):
+        name = next((name for name in names if name in os.environ), "")
+        if name and not os.environ[name].isdecimal():
+            raise UserError(f"{name}={os.environ[name]} in the environment; expected a whole number, or to be unset")
+    if under_launcher() and rank() >= world_size():
+        raise UserError(f"rank {rank()} of {world_size()} in the environment; expected one of 0 … {world_size() - 1}")
 
 
 def under_launcher() -> bool:
@@ -63,7 +81,7 @@ def complete_environment() -> None:
     e = os.environ
     if not under_launcher():
         e |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
-        e |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        e |= {"MASTER_ADDR": loopback(), "MASTER_PORT": str(free_port())}
         return
     e |= {"RANK": str(rank()), "LOCAL_RANK": str(local_rank()), "WORLD_SIZE": str(world_size())}
     if {"MASTER_ADDR", "MASTER_PORT"} <= e.keys():
@@ -114,11 +132,58 @@ def rendezvous() -> str:
     return f"{os.environ.get('MASTER_ADDR', 'mpi')}-{os.environ['MASTER_PORT']}"
 
 
+def loopback() -> str:
+    """The address by which this machine reaches itself and nobody else does; some have IPv6's alone."""
+    try:
+        _bound("127.0.0.1", 0).close()
+    except OSError:
+        return "::1"
+    return "127.0.0.1"
+
+
 def free_port() -> int:
     """A TCP port that is free now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+    with _bound(loopback(), 0) as probe:
         return int(probe.getsockname()[1])
+
+
+def _bound(address: str, port: int) -> socket.socket:
+    found = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET)
+    try:
+        found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        found.bind((address, port))
+    except OSError:
+        found.close()
+        raise
+    return found
+
+
+def _meet_on_loopback() -> None:
+    """Where all ranks are on one machine, have them meet where no other machine can come: torch's own server listens on
+    every interface. It is told that there is one already, as torchrun's ranks are.
+
+    Raises:
+        UserError: the port is taken.
+    """
+    e = os.environ
+    if e["MASTER_ADDR"] not in LOOPBACK or e.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        return
+    e["MASTER_ADDR"] = loopback()
+    if "lo" in (name for _, name in socket.if_nameindex()):
+        e.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    if rank() == 0:
+        address, port = e["MASTER_ADDR"], int(e["MASTER_PORT"])
+        try:
+            listening = _bound(address, port)
+        except OSError as error:
+            raise UserError(f"MASTER_PORT={port}: {error.strerror}; choose another, or start again") from None
+        listening.listen()
+        _servers.append(
+            torch.distributed.TCPStore(
+                address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
+            )
+        )
+    e["TORCHELASTIC_USE_AGENT_STORE"] = "True"
 
 
 def init_distributed() -> torch.device:
@@ -127,7 +192,7 @@ def init_distributed() -> torch.device:
     Returns the device of this rank.
 
     Raises:
-        UserError: nothing here can find the address of rank 0.
+        UserError: nothing here can find the address of rank 0, or its port is taken.
     """
     complete_environment()
     quiet()
@@ -141,6 +206,7 @@ def init_distributed() -> torch.device:
         # the heartbeat is to be the first to notice, since it can say which rank is missing
         limit = timedelta(seconds=heartbeat.PATIENCE * heartbeat.THIS_RANK.timeout_s + 60)
         port = int(os.environ["MASTER_PORT"])
+        _meet_on_loopback()
         deepspeed.init_distributed(verbose=False, timeout=limit, distributed_port=port)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
@@ -148,16 +214,16 @@ def init_distributed() -> torch.device:
     return torch.device("cpu")
 
 
-def end_with(parent: int) -> None:
-    """End this process when the one that started its launcher is gone: ranks must not go on unattended."""
+def end_with_input() -> None:
+    """End this process when its standard input does, a pipe that the process which started its launcher holds open:
+    ranks must not go on unattended. A process's number says less: one that is not reaped keeps it, and another may get
+    it later.
+    """
 
     def watch() -> None:
-        while True:
-            try:
-                os.kill(parent, 0)
-            except ProcessLookupError:
-                os._exit(1)
-            time.sleep(0.2)
+        while os.read(0, 1):
+            pass
+        os._exit(1)
 
     threading.Thread(target=watch, daemon=True, name="watch").start()
 

@@ -18,19 +18,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+from ki_ds import files
+from ki_ds.launch import signals
 from ki_ds.launch.monitor import WORD_FILE, Monitor, rank_file
 from ki_ds.launch.records import read_record, write_record
-from ki_ds.progress import duration
+from ki_ds.launch.signals import Stopped
+from ki_ds.progress import duration, show_cursor
 
 PERIOD_S = 1.0
 PATIENCE = 6  # a long piece of work may take so many times the limit
 EXPLAINED_S = 3.0  # within which a SIGTERM that is to save is followed by the monitor's word
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-REQUEUE = 75  # the exit code of a run that was asked to stop and can go on: EX_TEMPFAIL of sysexits.h
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has: what was worth saving is saved."""
 
 
 class Heartbeat:
@@ -54,7 +51,7 @@ class Heartbeat:
             if self.file is not None:
                 write_record(self.file, {
                     "rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self.count,
-                    "progress": self.progress, "doing": self.doing[:200], "waiting": self.waiting, "ended": self.ended,
+                    "progress": self.progress, "doing": self.doing, "waiting": self.waiting, "ended": self.ended,
                     "stop_requested": self.stop_requested.is_set(), "patience": self.patience,
                 })  # fmt: skip
 
@@ -98,7 +95,12 @@ def waiting_for_others() -> Any:
 
 def asked_to_stop() -> bool:
     """Whether a signal, or the monitor, has asked to save and end."""
-    return THIS_RANK.stop_requested.is_set()
+    return THIS_RANK.stop_requested.is_set() or (bool(signals.asked) and not THIS_RANK.watched)
+
+
+def exit_code() -> int:
+    """The exit code of a rank that has stopped; what the run ends with then says the process that watches it."""
+    return signals.REQUEUE if THIS_RANK.watched else signals.exit_code()
 
 
 def stop_if_asked() -> None:
@@ -113,7 +115,8 @@ def stop_if_asked() -> None:
 
 def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: bool) -> None:
     """Begin to give signs of life, and to listen for the monitor's word; `watched`: by the process that started the
-    ranks, else rank 0 watches. SIGTERM and SIGUSR1 from now on ask for saving and ending; a second one ends at once.
+    ranks, else rank 0 watches. The signals of `signals` from now on ask for saving and ending; the same one again ends
+    at once.
 
     To ranks that are watched, SIGTERM alone says nothing: it comes with a preemption, of which the monitor hears too,
     and from a launcher that ends the ranks because one of them has died. Without the monitor's word they end.
@@ -126,8 +129,8 @@ def start(folder: Path, rank: int, world_size: int, timeout_s: float, watched: b
     for left in folder.glob("rank-*.json") if watching else ():  # of an earlier run; who lives writes again
         left.unlink(missing_ok=True)
     THIS_RANK.write()
-    for number in SIGNALS:
-        signal.signal(number, _on_signal)
+    files.on_piece[:] = [count]
+    signals.listen(_on_signal)
     monitor = Monitor(folder, world_size, timeout_s) if watching else None
     threading.Thread(target=_live, args=(folder, timeout_s, monitor), daemon=True, name="heartbeat").start()
 
@@ -139,11 +142,13 @@ def end(how: str) -> None:
 
 
 def _on_signal(number: int, _frame: Any) -> None:
+    again = signals.note(number)
     if THIS_RANK.watched and number == signal.SIGTERM:
         THIS_RANK.terminated = THIS_RANK.terminated or time.monotonic()
         return
-    if THIS_RANK.stop_requested.is_set():
-        os._exit(128 + number)
+    if again:
+        show_cursor()
+        os._exit(signals.code_of(number))
     THIS_RANK.stop_requested.set()
 
 
@@ -189,9 +194,7 @@ def _leave_if_unexplained() -> None:
 def _leave(why: str | None) -> None:
     """End this process, whatever its main thread hangs in."""
     end("failed")
+    show_cursor()
     if why:
         print(f"error: {why}", file=sys.stderr, flush=True)
     os._exit(1)
-
-
-# -------------------------------------------------------------------------------------------------- watching

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
 from types import FrameType
-from typing import Any, Literal
+from typing import Literal
 
+from ki_ds.launch import signals
 from ki_ds.launch.command import Launch, command_line, launcher_environment
-from ki_ds.launch.heartbeat import REQUEUE, SIGNALS
 from ki_ds.launch.monitor import Monitor
 from ki_ds.launch.process_group import end_group
-from ki_ds.progress import say
+from ki_ds.launch.signals import REQUEUE
+from ki_ds.progress import say, show_cursor
 
 LOOK_S = 0.5
 GRACE_S = 10.0
@@ -38,29 +39,18 @@ class Outcome:
 
 
 class StopSignals:
-    """While entered, SIGTERM and SIGUSR1 are noted, to save and end; a second one, SIGINT and SIGHUP end at once."""
+    """What to do on a signal while ranks run: save and end; on the same one again, end at once."""
 
     def __init__(self) -> None:
-        self.received = False
+        self.received = 0  # the first one
+        self.leaving = False
 
-    def __enter__(self) -> StopSignals:
-        handlers = dict.fromkeys(SIGNALS, self._save) | {signal.SIGINT: _leave, signal.SIGHUP: _leave}
-        self._before: dict[Any, Any] = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _save(self, number: int, frame: FrameType | None) -> None:
-        if self.received:  # no time to save
-            _leave(number, frame)
-        self.received = True
-        say("asked to stop: saving")
-
-
-def _leave(_number: int, _frame: FrameType | None) -> None:
-    raise SystemExit(1)
+    def __call__(self, number: int, _frame: FrameType | None) -> None:
+        again = signals.note(number)
+        self.received = self.received or number
+        if again and not self.leaving:  # whatever comes then must not disturb the end
+            self.leaving = True
+            raise SystemExit(signals.code_of(number))
 
 
 def launched(launch: Launch, stages: Sequence[str]) -> Outcome:
@@ -73,15 +63,20 @@ def launched(launch: Launch, stages: Sequence[str]) -> Outcome:
     control = Path(mkdtemp(dir=launch.control))  # its own: what an earlier launch was told is not for these ranks
     monitor = Monitor(control, launch.processes, launch.timeout_s)
     process: subprocess.Popen[bytes] | None = None
-    with StopSignals() as signals:
+    heard = StopSignals()
+    with signals.listening(heard):
         try:
+            # Ranks of this machine inherit the other end of the pipe as their standard input: it ends when this process
+            # does, however that comes about.
             process = subprocess.Popen(
-                command_line(launch, stages, control), env=launcher_environment(launch), start_new_session=True
-            )
-            silent = _watch(process, monitor, signals)
+                command_line(launch, stages, control), env=launcher_environment(launch), start_new_session=True,
+                stdin=subprocess.DEVNULL if launch.hostfile else subprocess.PIPE,
+            )  # fmt: skip
+            silent = _watch(process, monitor, heard)
         finally:
             if process is not None:
                 _stop(process, monitor, on_nodes=launch.hostfile is not None)
+            show_cursor()  # a rank that was killed has not
     ended = monitor.ended()
     if not (launch.hostfile and monitor.living()):  # who comes back from a network that was away is to find "stop"
         shutil.rmtree(control, ignore_errors=True)
@@ -89,18 +84,21 @@ def launched(launch: Launch, stages: Sequence[str]) -> Outcome:
             launch.control.rmdir()
     if silent:
         say(f"error: {silent}; everything is stopped")
-        return Outcome(1, "silent", signals.received)
+        return Outcome(1, "silent", bool(heard.received))
     code = process.returncode
     # ranks that a launcher ends because another has failed may call it a stop, too
-    saved = signals.received and "stopped" in ended and "failed" not in ended and code not in (0, 2)
-    return Outcome(code, "stopped" if code == REQUEUE or saved else "ended", signals.received)
+    saved = heard.received and "stopped" in ended and "failed" not in ended and code not in (0, 2)
+    return Outcome(code, "stopped" if code == REQUEUE or saved else "ended", bool(heard.received))
 
 
-def _watch(process: subprocess.Popen[bytes], monitor: Monitor, signals: StopSignals) -> str:
+def _watch(process: subprocess.Popen[bytes], monitor: Monitor, heard: StopSignals) -> str:
     """Wait until the launcher ends, or ranks fall silent; which ones, in words."""
-    silent, word = "", "run"
+    silent, word, told = "", "run", False
     while process.poll() is None and not silent:
-        word = "save" if signals.received or monitor.stop_requested else word
+        if heard.received and not told:
+            say(f"asked to stop ({signal.Signals(heard.received).name}): saving; the same again ends at once")
+            told = True
+        word = "save" if heard.received or monitor.stop_requested else word
         monitor.say(word)
         silent = monitor.look()
         time.sleep(LOOK_S)

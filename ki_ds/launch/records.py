@@ -8,14 +8,15 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Every file has this size, and is written in place: a full disk does not stop a heart. A page, so that 200 characters
-# of any script fit in it.
-RECORD_BYTES = 4096
+RECORD_BYTES = 4096  # every file has this size, and is written in place: a full disk does not stop a heart
 
 
 def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Write a record in place; what fails is tried again at the next beat."""
-    data = json.dumps(record).encode()[:RECORD_BYTES].ljust(RECORD_BYTES)
+    """Write a record in place, its words cut to what fits; what fails is tried again at the next beat."""
+    while len(data := json.dumps(record).encode()) > RECORD_BYTES:
+        longest = max((key for key in record if isinstance(record[key], str)), key=lambda key: len(record[key]))
+        record = {**record, longest: record[longest][: len(record[longest]) * 3 // 4]}
+    data = data.ljust(RECORD_BYTES)
     with contextlib.suppress(OSError):
         handle = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
         try:

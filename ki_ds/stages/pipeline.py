@@ -14,7 +14,6 @@ from ki_ds.experiment.graph import in_order
 from ki_ds.experiment.schema import Experiment
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.launch.command import Launch
-from ki_ds.launch.heartbeat import Stopped
 from ki_ds.launch.launcher import launched
 from ki_ds.launch.lock import held
 from ki_ds.progress import duration, say
@@ -112,8 +111,10 @@ def work(stage: Stage, space: Workspace) -> None:
 
     Raises:
         UserError: the input or the state of the work directory does not allow it.
+        Stopped: it was asked for.
     """
     began, shown = time.monotonic(), distributed.rank() == 0
+    heartbeat.stop_if_asked()
     heartbeat.report(str(stage))
     if shown:
         say(f"{stage} …")
@@ -137,6 +138,7 @@ def _launch(space: Workspace, launch: Launch, group: list[Stage]) -> None:
         StageFailed: they ended without sealing their folders, whatever the launcher's exit code says.
         Stopped: a signal asked for it; what was done is saved.
     """
+    heartbeat.stop_if_asked()
     with _making(space, group):
         _launch_held(space, launch, group)
 
@@ -164,7 +166,7 @@ def _launch_held(space: Workspace, launch: Launch, group: list[Stage]) -> None:
         if not group:
             return
         if outcome.how == "stopped":
-            raise Stopped
+            raise heartbeat.Stopped
         if outcome.code == 2:
             raise StageFailed(str(group[0]), 2)
         if outcome.stop_requested:
