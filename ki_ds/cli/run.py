@@ -34,6 +34,7 @@ from ki_ds.files import remedy, write_atomically
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.launch.call import read_call
 from ki_ds.launch.command import Launch, check
+from ki_ds.launch.leftovers import Leftovers
 from ki_ds.progress import duration, say
 from ki_ds.stages.pipeline import commands, run, stages, work
 from ki_ds.workspace import SHIPPED, Workspace
@@ -58,7 +59,9 @@ def run_stages(
     control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
     launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
     check(launch)
+    left = Leftovers(control.parent)
     done = run(space, launch, only, name)
+    left.clear()
     say(f"\n{only or space.experiment.name}: all done in {duration(time.monotonic() - began)}")
     for line in (line for stage in done for line in stage.conclusion(space)):
         say(line)

@@ -10,7 +10,8 @@ import pytest
 from helpers.ranks import ranks
 
 from ki_ds import files
-from ki_ds.launch import heartbeat
+from ki_ds.launch import heartbeat, leftovers
+from ki_ds.launch.leftovers import Leftovers
 from ki_ds.launch.monitor import Monitor
 from ki_ds.launch.records import RECORD_BYTES, read_record, write_record
 
@@ -227,3 +228,22 @@ def test_slow_disk_is_no_disk_that_hangs(tmp_path, monkeypatch):
         before = heartbeat.THIS_RANK.progress
         flushed()
         assert heartbeat.THIS_RANK.progress - before >= 11
+
+
+def test_later_run_clears_what_killed_ones_left_and_nobody_elses(tmp_path, monkeypatch):
+    for name in ("dead-1/a", "dead-2/a", "alive-1/a", "alive-1/b", "10.0.0.1-2000", "empty-1/a"):
+        (tmp_path / name).mkdir(parents=True)
+        if "empty" not in name:
+            write_record(tmp_path / name / "rank-00000.json", {"beat": 1})
+    left = Leftovers(tmp_path)
+    write_record(tmp_path / "alive-1" / "a" / "word.json", {"beat": 1})
+    Monitor(tmp_path / "new-1" / "a", 1, LIMIT).say("run")
+    left.clear()
+    assert (tmp_path / "dead-1").exists()  # too early to tell
+    monkeypatch.setattr(leftovers, "STILL_S", 0.0)
+    left.clear()
+    assert sorted(str(one.relative_to(tmp_path)) for one in tmp_path.glob("*/*") if one.is_dir()) == [
+        "alive-1/a",
+        "new-1/a",
+    ]
+    assert sorted(one.name for one in tmp_path.iterdir()) == ["alive-1", "new-1"]
