@@ -11,14 +11,34 @@ import typer
 if TYPE_CHECKING:
     from ki_ds.workspace import Workspace
 
-File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.json", help="the experiment file")]
+
+def nameable(path: Path | None) -> Path | None:
+    """A path, checked: the operating system could open it.
+
+    Raises:
+        UserError: it is too long, or holds NUL.
+    """
+    from ki_ds.errors import UserError
+    from ki_ds.experiment.strict import as_path, cut
+
+    try:
+        as_path(str(path or "."))
+    except ValueError as error:
+        raise UserError(f"{cut(str(path))}: {error}") from None
+    return path
+
+
+File = Annotated[Path, typer.Argument(metavar="EXPERIMENT.json", help="the experiment file", callback=nameable)]
 Scale = Annotated[str | None, typer.Option(help="apply one of the file's scales (a JSON merge patch)")]
 Workdir = Annotated[
     Path | None,
-    typer.Option(help="where results go; default: work/<name> here, or the one beside the file where only that exists"),
+    typer.Option(
+        help="where results go; default: work/<name> here, or the one beside the file where only that exists",
+        callback=nameable,
+    ),
 ]
 Processes = Annotated[int | None, typer.Option(min=1, help="ranks on this machine; default: one a GPU, or 1")]
-Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed host file, for several machines")]
+Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed host file, for several machines", callback=nameable)]
 Launcher = Annotated[str, typer.Option(help="with a host file: pdsh, openmpi, mpich or slurm")]
 LauncherArgs = Annotated[str, typer.Option(help="passed on to that launcher's program")]
 Restarts = Annotated[int, typer.Option(min=0, help="how often to go on from the last checkpoint after a failure")]
@@ -33,19 +53,14 @@ def open_workspace(file: Path, scale: str | None, workdir: Path | None, settings
     Raises:
         UserError: with every problem of the file.
     """
-    from ki_ds.errors import UserError
     from ki_ds.experiment.graph import load_experiment
-    from ki_ds.experiment.strict import as_path, cut
     from ki_ds.launch import distributed
     from ki_ds.workspace import Workspace
 
     distributed.quiet()
     experiment = load_experiment(file, scale, tuple(settings or ()))
     root = (workdir or default_workdir(file, experiment.name)).absolute()
-    try:
-        as_path(str(root))
-    except ValueError as error:
-        raise UserError(f"--workdir {cut(str(root))}: {error}") from None
+    nameable(root)
     return Workspace(experiment, file, root)
 
 
