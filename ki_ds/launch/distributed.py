@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import logging
 import os
@@ -11,6 +12,7 @@ import subprocess
 import threading
 import warnings
 import zlib
+from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -27,6 +29,7 @@ WORLD_SIZE = ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS")
 LOCAL_RANK = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "SLURM_LOCALID")
 
 
+SERVED = "TORCHELASTIC_USE_AGENT_STORE"  # says that the server at MASTER_ADDR and MASTER_PORT is there
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 _servers: list[torch.distributed.TCPStore] = []  # of this process, as long as it lives
 
@@ -158,7 +161,8 @@ def _bound(address: str, port: int) -> socket.socket:
     return found
 
 
-def _meet_on_loopback() -> None:
+@contextlib.contextmanager
+def _meeting_on_loopback() -> Iterator[None]:
     """Where all ranks are on one machine, have them meet where no other machine can come: torch's own server listens on
     every interface. It is told that there is one already, as torchrun's ranks are.
 
@@ -166,7 +170,8 @@ def _meet_on_loopback() -> None:
         UserError: the port is taken.
     """
     e = os.environ
-    if e["MASTER_ADDR"] not in LOOPBACK or e.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    if e.get("MASTER_ADDR") not in LOOPBACK or e.get(SERVED) == "True":
+        yield
         return
     e["MASTER_ADDR"] = loopback()
     if "lo" in (name for _, name in socket.if_nameindex()):
@@ -183,7 +188,11 @@ def _meet_on_loopback() -> None:
                 address, port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach()
             )
         )
-    e["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    e[SERVED] = "True"
+    try:
+        yield
+    finally:
+        del e[SERVED]  # what this process starts is to meet elsewhere
 
 
 def init_distributed() -> torch.device:
@@ -206,8 +215,8 @@ def init_distributed() -> torch.device:
         # the heartbeat is to be the first to notice, since it can say which rank is missing
         limit = timedelta(seconds=heartbeat.PATIENCE * heartbeat.THIS_RANK.timeout_s + 60)
         port = int(os.environ["MASTER_PORT"])
-        _meet_on_loopback()
-        deepspeed.init_distributed(verbose=False, timeout=limit, distributed_port=port)
+        with _meeting_on_loopback():
+            deepspeed.init_distributed(verbose=False, timeout=limit, distributed_port=port)
     if torch.cuda.is_available():
         torch.cuda.set_device(local_rank())
         return torch.device("cuda", local_rank())

@@ -10,6 +10,7 @@ import contextlib
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -77,11 +78,11 @@ def launched(launch: Launch, stages: Sequence[str]) -> Outcome:
             if process is not None:
                 _stop(process, monitor, on_nodes=launch.hostfile is not None)
             show_cursor()  # a rank that was killed has not
-    ended = monitor.ended()
-    if not (launch.hostfile and monitor.living()):  # who comes back from a network that was away is to find "stop"
-        shutil.rmtree(control, ignore_errors=True)
-        with contextlib.suppress(OSError):
-            launch.control.rmdir()
+            ended = monitor.ended()
+            if not (launch.hostfile and monitor.living()):  # who comes back from a network that was away finds "stop"
+                shutil.rmtree(control, ignore_errors=True)
+                with contextlib.suppress(OSError):
+                    launch.control.rmdir()
     if silent:
         say(f"error: {silent}; everything is stopped")
         return Outcome(1, "silent", bool(heard.received))
@@ -96,7 +97,8 @@ def _watch(process: subprocess.Popen[bytes], monitor: Monitor, heard: StopSignal
     silent, word, told = "", "run", False
     while process.poll() is None and not silent:
         if heard.received and not told:
-            say(f"asked to stop ({signal.Signals(heard.received).name}): saving; the same again ends at once")
+            line = "\n" if sys.stdout.isatty() else ""  # a bar of the ranks stands in this one
+            say(f"{line}asked to stop ({signal.Signals(heard.received).name}): saving; the same again ends at once")
             told = True
         word = "save" if heard.received or monitor.stop_requested else word
         monitor.say(word)

@@ -154,6 +154,7 @@ def test_second_ctrl_c_ends_launched_ranks_at_once(tmp_path, monkeypatch):
     assert ended.value.code == 130
     with pytest.raises(ChildProcessError):  # nothing is left of them
         os.waitpid(-1, os.WNOHANG)
+    assert not any((tmp_path / "control").glob("*"))
 
 
 def test_a_terminal_that_goes_away_says_so_more_than_once(tmp_path, monkeypatch):
