@@ -17,7 +17,7 @@ from ki_ds.errors import MOST_LISTED, UserError, listed, nearest
 
 DEEPEST = 64  # arrays and objects one in another
 LARGEST = 2**63 - 1  # of whole numbers
-LONGEST_PATH, LONGEST_NAME = 4095, 255  # bytes: Linux's
+LONGEST_PATH, LONGEST_NAME = 3000, 255  # bytes: Linux has 4,095, of which what lies beneath needs some
 
 
 class Strict(BaseModel):

@@ -28,8 +28,8 @@ PATHS = [
     [
         ("", "neither empty"),
         ("a\0b", "nor holds the character NUL"),
-        ("é" * 128, "at most 4095 bytes, and 255 between two slashes"),
-        ("a/" * 2100, "at most 4095 bytes"),
+        ("é" * 128, "at most 3000 bytes, and 255 between two slashes"),
+        ("a/" * 2100, "at most 3000 bytes"),
     ],
 )
 def test_what_no_file_can_be_called_is_refused_wherever_a_path_stands(failure, patch, place, given, said):
