@@ -109,7 +109,7 @@ def load(source: str | Path, objective: str, place: str) -> TextTokenizer:
     from transformers import AutoTokenizer
 
     with _refusing(f"{place}: no tokenizer can be loaded from {source}"):
-        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True)
+        tokenizer = AutoTokenizer.from_pretrained(str(source), use_fast=True, trust_remote_code=False)
         if not getattr(tokenizer, "is_fast", False):
             raise UserError(f"{place}: {source} is not a fast tokenizer (tokenizer.json), which is needed")
         return describe(tokenizer, objective, place)

@@ -293,6 +293,9 @@ class Model(Strict):
     padded_vocabulary: bool = Field(
         False, description="the pretrained head has rows beyond the tokenizer's vocabulary, to be left out"
     )
+    trust_remote_code: bool = Field(
+        False, description="run the Python code that comes with the pretrained model, as its author wrote it"
+    )
     train: Train | None = Field(None, description="how it is trained here; without it it is used as it is")
     inherit: Inherit | None = Field(None, description="from whom it inherits while it is trained, and for how long")
     seed: Seed | None = Field(None, description="for initial weights and dropout; default: the experiment's")
@@ -308,6 +311,8 @@ class Model(Strict):
             raise ValueError('"targets" are predictions of a model made elsewhere; it cannot be trained here')
         if self.train is None and self.inherit is not None:
             raise ValueError('"inherit" needs "train"')
+        if self.trust_remote_code and self.pretrained is None:
+            raise ValueError('"trust_remote_code" belongs to "pretrained": only such a model comes with code')
         return self
 
 

@@ -140,9 +140,9 @@ def check_objective(config: Any, objective: str, place: str) -> None:
     """
     from transformers.models.auto import modeling_auto
 
-    kind = config.model_type
-    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    kind, own = config.model_type, getattr(config, "auto_map", {})  # own: classes that come with a trusted model
+    masked = kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES or "AutoModelForMaskedLM" in own
+    causal = kind in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or "AutoModelForCausalLM" in own
     if not (masked if objective == "mlm" else causal):
         raise UserError(f'{place}: transformers has no {kind} model for the objective "{objective}"')
     if objective == "clm" and masked and not getattr(config, "is_decoder", getattr(config, "causal", True)):

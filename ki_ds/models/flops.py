@@ -15,10 +15,15 @@ def auto_class(objective: str) -> Any:
     return AutoModelForMaskedLM if objective == "mlm" else AutoModelForCausalLM
 
 
+def from_configuration(config: Any, objective: str, dtype: torch.dtype) -> Any:
+    """A model with new weights. Code of its own runs only where `pretrained_configuration` has left the way to it."""
+    return auto_class(objective).from_config(config, dtype=dtype, trust_remote_code=hasattr(config, "auto_map"))
+
+
 def outline(config: Any, objective: str, dtype: torch.dtype = torch.float32, device: str = "meta") -> Any:
     """The model without memory for its parameters; under a mode that makes fake tensors, on any device."""
     with torch.device(device):
-        return auto_class(objective).from_config(config, dtype=dtype)
+        return from_configuration(config, objective, dtype)
 
 
 def count_parameters(config: Any, objective: str) -> int:

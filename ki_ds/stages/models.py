@@ -37,6 +37,18 @@ def source(space: Workspace, name: str) -> str:
     return str(space.root / folder(name) / "model")
 
 
+def origin(experiment: Experiment, name: str) -> str:
+    """The model that another one starts from, at the beginning of the chain; often itself."""
+    while (further := experiment.models[name].start_from) is not None:
+        name = further
+    return name
+
+
+def trusted(experiment: Experiment, name: str) -> bool:
+    """Whether code that came with a pretrained model may run for this one, which is it or descends from it."""
+    return experiment.models[origin(experiment, name)].trust_remote_code
+
+
 def content(space: Workspace, name: str) -> str:
     """What later stages know a finished model by: the digest of its weights.
 
@@ -45,17 +57,18 @@ def content(space: Workspace, name: str) -> str:
     """
     if space.experiment.models[name].train is not None:
         return open_sealed(space.root / folder(name)).digest
-    return pretrained_digest(source(space, name))
+    return pretrained_digest(source(space, name), space.experiment.models[name].trust_remote_code)
 
 
 @cache
-def pretrained_digest(source: str) -> str:
-    """Of a model folder: its weights and configuration; of a name on the hub: the name."""
-    folder = Path(source)
+def pretrained_digest(source: str, trusted: bool = False) -> str:
+    """Of a model folder: its weights and configuration, and the code with it where that runs; of a name on the hub: the
+    name."""
+    folder, said = Path(source), {"trust_remote_code": "true"} if trusted else {}
     if not folder.is_dir():
-        return digest({"hub": source})
-    files = sorted([*folder.glob("*.safetensors"), folder / "config.json"])
-    return digest({file.name: file_digest(file) for file in files if file.exists()})
+        return digest({"hub": source, **said})
+    files = sorted([*folder.glob("*.safetensors"), folder / "config.json", *(folder.glob("*.py") if trusted else ())])
+    return digest({file.name: file_digest(file) for file in files if file.exists()} | said)
 
 
 def configuration(space: Workspace, name: str, tokenizer: TextTokenizer) -> Any:
@@ -71,7 +84,7 @@ def configuration(space: Workspace, name: str, tokenizer: TextTokenizer) -> Any:
     if model.start_from is not None:
         return configuration(space, model.start_from, tokenizer)
     return hugging_face.pretrained_configuration(
-        space.folder_or_name(str(model.pretrained)), f"models.{name}.pretrained"
+        space.folder_or_name(str(model.pretrained)), f"models.{name}.pretrained", model.trust_remote_code
     )
 
 
@@ -82,15 +95,19 @@ def new_student(space: Workspace, trained: TrainedModel) -> Any:
         config = configuration(space, trained.name, space.tokenizer)
         architectures.set_dropout(config, dropout)
         return hugging_face.new_model(config, objective, trained.seed)
-    origin = source(space, model.start_from) if model.start_from else space.folder_or_name(str(model.pretrained))
-    found = hugging_face.load_model(origin, objective, trained.place, dropout)
+    start = source(space, model.start_from) if model.start_from else space.folder_or_name(str(model.pretrained))
+    trust = trusted(space.experiment, trained.name)
+    found = hugging_face.load_model(start, objective, trained.place, dropout, trusted=trust)
     check_fit(space, trained.name, found.config, space.tokenizer.size)
     return found
 
 
 def finished(space: Workspace, name: str, dtype: torch.dtype = torch.float32) -> Any:
     """A finished model, to teach or to be evaluated."""
-    found = hugging_face.load_model(source(space, name), space.experiment.objective, f"models.{name}", dtype=dtype)
+    found = hugging_face.load_model(
+        source(space, name), space.experiment.objective, f"models.{name}", dtype=dtype,
+        trusted=trusted(space.experiment, name),
+    )  # fmt: skip
     check_fit(space, name, found.config, space.tokenizer.size)
     return found
 
@@ -123,11 +140,9 @@ def checked_configuration(space: Workspace, name: str, tokenizer: TextTokenizer)
     Raises:
         UserError: as `configuration`, or it does not.
     """
-    found, origin = configuration(space, name, tokenizer), name
-    while (further := space.experiment.models[origin].start_from) is not None:
-        origin = further
-    if space.experiment.models[origin].pretrained is not None:
-        check_pretrained(space, origin, found, tokenizer)
+    found, first = configuration(space, name, tokenizer), origin(space.experiment, name)
+    if space.experiment.models[first].pretrained is not None:
+        check_pretrained(space, first, found, tokenizer)
     return found
 
 

@@ -65,7 +65,8 @@ class Train(Stage):
         if model.start_from:
             inputs["start_from"] = models.content(space, model.start_from)
         if model.pretrained:
-            inputs["pretrained"] = models.pretrained_digest(space.folder_or_name(model.pretrained))
+            start = space.folder_or_name(model.pretrained)
+            inputs["pretrained"] = models.pretrained_digest(start, model.trust_remote_code)
         for corpus, name in taught_by(space.experiment, model).items():
             if name is None:
                 stored = space.stored(student.teachers[corpus], corpus)
@@ -168,8 +169,7 @@ def longer(name: str) -> str:
 
 def shaping(model: Model) -> dict[str, Any]:
     """What of a model's description shapes the result."""
-    unsaid = {"optimizer"} if model.train and model.train.optimizer == "adamw" else set()  # folders from before it
-    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING | unsaid, "seed": True, **INPUTS})
+    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING, "seed": True, **INPUTS})
 
 
 def training_facts(space: Workspace, student: TrainedModel) -> dict[str, Any]:
