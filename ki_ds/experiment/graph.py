@@ -11,6 +11,7 @@ from ki_ds.errors import UserError, listed, nearest, some
 from ki_ds.experiment.schedules import teacher_steps
 from ki_ds.experiment.schema import Experiment, Inherit, Model, Train
 from ki_ds.experiment.strict import assignment, merge_patch, parse, read_json
+from ki_ds.targets.quanta import lowest_temperature, quantum
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.spec import TargetSpec
 
@@ -51,6 +52,8 @@ def _problems(experiment: Experiment) -> Iterator[str]:
     yield from _tokenizer(experiment)
     for name, model in experiment.models.items():
         yield from _model(experiment, name, model)
+    if experiment.tokenizer.train:
+        yield from beyond_vocabulary(experiment, experiment.tokenizer.train.vocabulary_size)
     yield from _cycles(experiment)
     yield from _comparisons(experiment)
 
@@ -100,18 +103,39 @@ def _model(experiment: Experiment, name: str, model: Model) -> Iterator[str]:
         stored = models[teacher].targets
         if stored is not None and corpus not in stored:
             yield _unknown(f"{place}.inherit.from.{corpus}", "corpus in its targets", corpus, stored)
-    vocabulary = experiment.tokenizer.train and experiment.tokenizer.train.vocabulary_size
-    if vocabulary and inherit.targets.select != "sampled" and inherit.targets.k > vocabulary:
-        yield (
-            f"{place}.inherit.targets.k: found {inherit.targets.k}; "
-            f"expected at most the vocabulary size, {vocabulary} (tokenizer.train.vocabulary_size)"
-        )
+    yield from _temperature(experiment, place, inherit)
     if inherit.teacher_steps is not None and inherit.teacher_steps > model.train.steps:
         wanted = f"expected at most train.steps, {model.train.steps}"
         if inherit.schedule == "linear":
             slope = model.train.steps / inherit.teacher_steps
             wanted += f'; an alpha that ends above 0 is given by its slope, here "alpha_T": {slope:.6g}'
         yield f"{place}.inherit.teacher_steps: found {inherit.teacher_steps}; {wanted}"
+
+
+def _temperature(experiment: Experiment, place: str, inherit: Inherit) -> list[str]:
+    """A temperature so low that no quantum of targets computed here meets the bound on their distortion."""
+    teachers = [experiment.models.get(name) for name in inherit.teachers.values()]
+    if inherit.targets.select == "sampled" or all(teacher is None or teacher.targets for teacher in teachers):
+        return []
+    bound = experiment.target_distortion.mean
+    try:
+        quantum(bound, inherit.temperature)
+    except ValueError:
+        return [
+            f"{place}.inherit.temperature: found {inherit.temperature:g}; expected at least "
+            f"{lowest_temperature(bound):.3g}: below it no quantum keeps target_distortion.mean, {bound:g}"
+        ]
+    return []
+
+
+def beyond_vocabulary(experiment: Experiment, vocabulary: int) -> list[str]:
+    """Every k that keeps more ids of a row than there are, a line each, opening with its JSON path."""
+    wanted = {name: model.inherit.targets for name, model in experiment.models.items() if model.inherit}
+    return [
+        f"models.{name}.inherit.targets.k: found {targets.k}; expected at most the vocabulary size, {vocabulary}"
+        for name, targets in wanted.items()
+        if targets.select != "sampled" and targets.k > vocabulary
+    ]
 
 
 def needs(experiment: Experiment, name: str) -> list[str]:

@@ -83,7 +83,7 @@ class Setting(NamedTuple):
     sub_group: float  # elements that ZeRO 3 steps at once
     optimizer: OptimizerOffload
     parameters: ParameterOffload
-    recomputed: Literal["no", "device", "host"]  # activations, and where the layers' inputs wait
+    recomputed: bool  # activations, from the layers' inputs
 
     @classmethod
     def of(cls, config: EngineConfig) -> Setting:
@@ -100,7 +100,7 @@ class Setting(NamedTuple):
             sub_group=config.sub_group_size,
             optimizer=config.offload_optimizer,
             parameters=config.offload_parameters,
-            recomputed="device" if config.activation_checkpointing else "no",
+            recomputed=config.activation_checkpointing,
         )  # fmt: skip
 
 
@@ -226,9 +226,9 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
 
 def activations(kept: Kept, how: Setting) -> list[Item]:
     """What a forward pass leaves for the backward pass."""
-    if how.recomputed == "no":
+    if not how.recomputed:
         return [Item("activations", "device", "backward", kept.everything)]
-    inputs = Item("inputs of layers", how.recomputed, "backward", kept.inputs)
+    inputs = Item("inputs of layers", "device", "backward", kept.inputs)
     return [inputs, Item("activations of a layer", "device", "backward", kept.layer)]
 
 

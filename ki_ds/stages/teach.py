@@ -10,7 +10,7 @@ import torch
 
 from ki_ds.errors import UserError
 from ki_ds.exchange.teacher_inputs import folder_header
-from ki_ds.experiment.graph import WantedTargets, taught_by, trained_models, wanted_targets
+from ki_ds.experiment.graph import WantedTargets, beyond_vocabulary, taught_by, trained_models, wanted_targets
 from ki_ds.experiment.schema import Experiment
 from ki_ds.kernels.dispatch import chosen
 from ki_ds.launch import distributed
@@ -89,11 +89,11 @@ class Teach(Stage):
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
         e, wanted = space.experiment, wanted_targets(space.experiment, self.name)
-        teacher, selection = wanted.teacher, wanted.spec.selection
+        teacher = wanted.teacher
         tokenizer = refusals.gather(expected, space)
         config = None if tokenizer is None else refusals.gather(models.checked_configuration, space, teacher, tokenizer)
-        if tokenizer is not None and not selection.counts and selection.k > tokenizer.size:
-            refusals.lines.append(too_large(selection.k, tokenizer.size))
+        if tokenizer is not None:
+            refusals.lines += beyond_vocabulary(e, tokenizer.size)
         if not (space.root / self.folder / MANIFEST).exists():
             known = {} if config is None else {teacher: config}
             refusals.gather(checks.check, e.inference, ranks, known, e.objective)
@@ -126,8 +126,8 @@ class Teach(Stage):
         e, size = space.experiment, space.tokenizer.size
         wanted, spec = self.wanted(space), self.spec(space)
         selection, corpus = spec.selection, wanted.corpus
-        if not selection.counts and selection.k > size:
-            raise UserError(too_large(selection.k, size))
+        if lines := beyond_vocabulary(e, size):
+            raise UserError("\n".join(lines))
         codec, engine = spec.codec(size), space.inference_config
         configuration = models.configuration(space, wanted.teacher, space.tokenizer)
         checks.check(e.inference, distributed.world_size(), {wanted.teacher: configuration}, e.objective)
@@ -147,8 +147,3 @@ class Teach(Stage):
             teacher, wanted.teacher, space.tokens(corpus), space.stream(corpus), space.viewer(corpus), spec.samples,
             e.samples_per_shard, selection, shared, e.target_distortion,
         )  # fmt: skip
-
-
-def too_large(k: int, vocabulary: int) -> str:
-    """The words of a k beyond the vocabulary."""
-    return f"inherit.targets.k: found {k}; expected at most the tokenizer's vocabulary, {vocabulary}"

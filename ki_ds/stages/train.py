@@ -8,7 +8,7 @@ from typing import Any
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import check_device, micro_batch_size
 from ki_ds.engine.engine import Engine
-from ki_ds.experiment.graph import TrainedModel, needs, taught_by, trained_model, trained_models
+from ki_ds.experiment.graph import TrainedModel, beyond_vocabulary, needs, taught_by, trained_model, trained_models
 from ki_ds.experiment.schema import Experiment, Model
 from ki_ds.files import digest, file_digest
 from ki_ds.kernels.dispatch import chosen
@@ -93,10 +93,7 @@ class Train(Stage):
         if tokenizer is None:
             return
         refusals.gather(models.checked_configuration, space, self.name, tokenizer)
-        wanted = student.model.inherit.targets if student.model.inherit else None
-        if wanted and wanted.select != "sampled" and wanted.k > tokenizer.size:
-            place = f"{student.place}.inherit.targets.k"
-            refusals.lines.append(f"{place}: found {wanted.k}; expected at most the vocabulary size, {tokenizer.size}")
+        refusals.lines += beyond_vocabulary(space.experiment, tokenizer.size)
 
     def cost(self, space: Workspace, ranks: int, room: Room) -> Cost:
         e, student, tokenizer = space.experiment, trained_model(space.experiment, self.name), expected(space)

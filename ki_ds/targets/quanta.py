@@ -33,6 +33,11 @@ def quantum(mean_nats: float, lowest_temperature: float = 1.0) -> float:
     return steps / 1024
 
 
+def lowest_temperature(mean_nats: float) -> float:
+    """The lowest temperature at which a quantum meets the bound on the mean KL."""
+    return 1 / (1024 * math.sqrt(24 * 0.8 * mean_nats))
+
+
 def quanta_below(values: Any) -> Any:
     """Quanta that entries with these values (an array of any signed or floating type) lie below the row's first."""
     return values + (COARSE - 1) * (values - FINE).clip(min=0)

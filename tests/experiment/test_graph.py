@@ -1,5 +1,7 @@
 """The graph of models: broken references, orders, how far a teacher is read."""
 
+import re
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from ki_ds.experiment.schema import Experiment
 from ki_ds.experiment.strict import parse
 from ki_ds.stages import Corpus, Evaluate, Report, Teach, Tokenizer, Train
 from ki_ds.stages.pipeline import stages
+from ki_ds.targets.quanta import quantum
 from ki_ds.targets.selection import Selection
 
 calm = settings(deadline=None)
@@ -57,8 +60,7 @@ def test_a_sound_graph_has_no_problems():
         ({"t": model(), "s": model(on={"wb": 1.0}, teachers={"cs": "t"})},
          'models.s.inherit.from.cs: there is no corpus in train.on "cs"; the file has wb'),
         ({"t": model(), "s": model(teachers={"wb": "t"}, k=301)},
-         "models.s.inherit.targets.k: found 301; expected at most the vocabulary size, 300"
-         " (tokenizer.train.vocabulary_size)"),
+         "models.s.inherit.targets.k: found 301; expected at most the vocabulary size, 300"),
         ({"t": model(), "s": model(teachers={"wb": "t"}, length={"schedule": "constant", "teacher_steps": 101})},
          "models.s.inherit.teacher_steps: found 101; expected at most train.steps, 100"),
         ({"t": model(), "s": model(teachers={"wb": "t"}, length={"schedule": "heaviside", "teacher_steps": 101})},
@@ -277,6 +279,22 @@ def test_more_draws_than_the_vocabulary_has_ids_are_no_mistake():
 def test_k_beyond_the_vocabulary_is_refused_for_every_selection_that_takes_it(select):
     (line,) = check(experiment({"t": model(), "s": model(teachers={"wb": "t"}, targets={**select, "k": 301})}))
     assert line.startswith("models.s.inherit.targets.k: found 301; expected at most the vocabulary size, 300")
+
+
+@pytest.mark.parametrize(("temperature", "mean"), [(0.0157, 2e-4), (0.9, 5e-8)])
+def test_a_temperature_that_no_quantum_serves_is_refused_before_any_teacher_is_trained(temperature, mean):
+    """Of draws, and of predictions that are stored already, it is no matter."""
+
+    def found(**targets):
+        teacher = {"targets": {"wb": "elsewhere"}} if targets.pop("stored", False) else model()
+        student = model(teachers={"wb": "t"}, temperature=temperature, targets=targets)
+        return check(experiment({"t": teacher, "s": student}, target_distortion={"mean": mean}))
+
+    (line,) = found(k=10)
+    assert re.match(rf"models\.s\.inherit\.temperature: found {temperature}; expected at least", line)
+    lowest = float(re.search(r"at least ([\d.]+)", line)[1])
+    assert quantum(mean, lowest * 1.01) == 1 / 1024
+    assert found(select="sampled") == [] == found(k=10, stored=True)
 
 
 # --------------------------------------------------------------------------------------------- stored teachers

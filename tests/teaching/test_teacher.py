@@ -70,7 +70,7 @@ def test_what_cannot_run_is_refused_before_anything_runs(file, settings, words):
 
 
 def test_k_beyond_a_given_tokenizer_is_refused_before_ranks_start(file):
-    with pytest.raises(UserError, match="k: found 301; expected at most the tokenizer's vocabulary, 300"):
+    with pytest.raises(UserError, match=r"models\.s\.inherit\.targets\.k: found 301; .* the vocabulary size, 300"):
         preflight(file, "models.s.inherit.targets.k=301")
 
 
