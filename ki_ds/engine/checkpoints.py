@@ -72,9 +72,15 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
         }  # fmt: skip
         write_atomically(here / RECORD, json.dumps(record, indent=1).encode())
         write_atomically(folder / "latest", tag.encode())  # for DeepSpeed's own tools
-        for old in sorted(folder.glob("step-????????"))[:-keep]:
+        for old in _folders(folder)[:-keep]:
             shutil.rmtree(old)
     distributed.barrier()
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Of all checkpoints, whole or not, by step."""
+    named = {here: here.name.removeprefix("step-") for here in folder.glob("step-*")}
+    return sorted((here for here, step in named.items() if step.isdecimal()), key=lambda here: int(named[here]))
 
 
 def _is_own(file: Path) -> bool:
@@ -100,7 +106,7 @@ def latest(folder: Path) -> Checkpoint | None:
     found, problem = None, ""
     if distributed.rank() == 0:
         damaged = []
-        for here in sorted(folder.glob("step-????????"), reverse=True):
+        for here in reversed(_folders(folder)):
             why = _damage(here)
             if not why:
                 found = _read(here)

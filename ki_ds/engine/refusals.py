@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from pydantic import ValidationError
@@ -54,6 +54,17 @@ CHECKPOINTING = (
     "synchronize_checkpoint_boundary", "profile",
 )  # fmt: skip
 LAYER_NORMS = ("torch", "apex")
+SHORT = ("fp32", "bf16", "fp16")
+FLOATS = {  # types that a key may name, of the block before it
+    ("torch_autocast", "dtype"): (*SHORT, "float32", "bfloat16", "float16"),
+    ("data_types", "grad_accum_dtype"): (*SHORT, "float32", "bfloat16", "float16"),
+    ("", "communication_data_type"): SHORT,
+}
+LARGEST = 1e300  # of numbers: what follows computes with floats
+NO_RESUME = {  # keys of "checkpoint" with which no checkpoint could be gone on from
+    "load_universal": "a checkpoint for other ranks or another ZeRO stage is converted when a run goes on from it",
+    "use_node_local_storage": "the nodes of a run share its checkpoints",
+}
 
 
 def check_training(data: Any, source: str) -> None:
@@ -81,6 +92,7 @@ def check_training(data: Any, source: str) -> None:
                 f"{source}: {key}: the experiment owns this number ({owner}); leave it out of the engine JSON"
             )
     _check_precision(data, int(stage), source)
+    _check_checkpoint(data, source)
     _check_offload(data, int(stage), source)
     _check_descriptions(data, DESCRIPTIONS, source)
     _check_optimizer(data, source)
@@ -129,6 +141,18 @@ def check_inference(data: Any, source: str, precision: str) -> None:
 def _check_object(data: Any, source: str) -> None:
     if not isinstance(data, dict):
         raise UserError(f"{source}: expected a JSON object, a DeepSpeed configuration")
+    for place, number in _numbers(data):
+        if not -LARGEST <= number <= LARGEST:
+            raise UserError(f"{source}: {place}: found a number beyond {LARGEST:g}; expected a smaller one")
+
+
+def _numbers(data: Any, place: str = "") -> Iterator[tuple[str, float]]:
+    """All numbers within JSON data, and where they stand."""
+    if isinstance(data, int | float):
+        yield place, data
+    inner = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in inner:
+        yield from _numbers(value, f"{place}.{key}" if place else str(key))
 
 
 def _halves(data: dict[str, Any]) -> list[str]:
@@ -148,12 +172,27 @@ def _check_precision(data: dict[str, Any], stage: int, source: str) -> None:
     for key in ("torch_autocast", "data_types"):
         if not isinstance(data.get(key, {}), dict):
             raise UserError(f"{source}: {key}: found {json.dumps(data[key])}; expected an object")
+    for (block, key), allowed in FLOATS.items():
+        found = (data.get(block, {}) if block else data).get(key)
+        if found is not None and found not in allowed:
+            place = f"{block}.{key}" if block else key
+            raise UserError(f"{source}: {place}: found {json.dumps(found)}; allowed: {', '.join(allowed)}")
     autocast = data.get("torch_autocast", {})
     if autocast.get("enabled") and autocast.get("dtype") in ("float16", "fp16"):
         raise UserError(
             f"{source}: torch_autocast.dtype: {autocast['dtype']} needs a loss scale, which DeepSpeed does not keep at "
             'every stage; expected "bfloat16", or "fp16": {"enabled": true} in place of torch_autocast'
         )
+
+
+def _check_checkpoint(data: dict[str, Any], source: str) -> None:
+    """Options with which checkpoints are written that cannot be gone on from."""
+    block = data.get("checkpoint", {})
+    if not isinstance(block, dict):
+        raise UserError(f"{source}: checkpoint: found {json.dumps(block)}; expected an object")
+    for key, why in NO_RESUME.items():
+        if block.get(key):
+            raise UserError(f"{source}: checkpoint.{key}: is not supported ({why}); leave it out")
 
 
 def _check_offload(data: dict[str, Any], stage: int, source: str) -> None:
@@ -230,6 +269,8 @@ def _check_optimizer(data: dict[str, Any], source: str) -> None:
     if block == "auto":
         return
     kind, params = (block.get("type"), block.get("params", {})) if isinstance(block, dict) else (None, {})
+    if not isinstance(kind, str | None):
+        raise UserError(f"{source}: optimizer.type: found {json.dumps(kind)}; expected {', '.join(FAMILIES)}")
     if kind in ONE_BIT:
         raise UserError(
             f"{source}: optimizer.type: {kind}: DeepSpeed 0.19.8 no longer has the 1-bit optimizers; to send gradients "

@@ -50,6 +50,16 @@ def saved(folder, steps):
     return one
 
 
+def test_checkpoints_of_many_steps_are_found_and_kept_by_number(tmp_path):
+    """From step 10^8 on names are longer, and their order is no longer that of the alphabet."""
+    one = new_engine(1)
+    for number in (99_999_998, 99_999_999, 100_000_000, 100_000_001):
+        checkpoints.save(one.deepspeed, tmp_path, number, keep=2, state={})
+    assert sorted(path.name for path in tmp_path.glob("step-*")) == ["step-100000000", "step-100000001"]
+    checkpoints.save(one.deepspeed, tmp_path, 99_999_999, keep=3, state={})
+    assert checkpoints.latest(tmp_path).step == 100_000_001
+
+
 @pytest.mark.parametrize("damage", ["truncated", "missing", "unfinished", "record"])
 def test_resumes_from_the_checkpoint_before_a_damaged_one(damage, tmp_path, capsys):
     saved(tmp_path, 2)
