@@ -43,9 +43,11 @@ def some(names: Iterable[str]) -> str:
 
 
 def reason(error: BaseException) -> str:
-    """The first line of what a library's exception says."""
+    """The first line of what a library's exception says, and the next where that one ends with a colon."""
     text = (isinstance(error, OSError) and error.strerror) or str(error)
-    return text.strip().partition("\n")[0][:300] or type(error).__name__
+    first, _, rest = text.strip().partition("\n")
+    first += " " + rest.strip().partition("\n")[0] if first.endswith(":") else ""
+    return first[:300] or type(error).__name__
 
 
 def unreadable(name: str, error: Exception) -> UserError:

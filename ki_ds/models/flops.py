@@ -33,7 +33,8 @@ def count_parameters(config: Any, objective: str) -> int:
 
 def forward_flops(config: Any, objective: str, length: int, rows: float) -> float:
     """FLOPs of a forward pass over one sequence with so many rows: the matrix products (2 a weight and
-    token), attention scores and mixing (4 · S² · D a layer) and the head at the rows."""
+    token; of experts, those that a token is sent to), attention scores and mixing (4 · S² · D a layer, where there
+    are heads) and the head at the rows."""
     model = outline(config, objective)
     head = model.get_output_embeddings()
     weights = sum(
@@ -41,5 +42,11 @@ def forward_flops(config: Any, objective: str, length: int, rows: float) -> floa
         for module in model.modules()
         if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
     )
-    attention = 4 * length**2 * config.hidden_size * config.num_hidden_layers
+    chosen = getattr(config, "num_experts_per_tok", None) or 0
+    stacked = (
+        p for module in model.modules() if hasattr(module, "num_experts") for p in module.parameters(recurse=False)
+    )
+    weights += sum(chosen * p.numel() // p.shape[0] for p in stacked if p.dim() == 3)  # [experts, …]
+    heads = getattr(config, "num_attention_heads", None)
+    attention = 4 * length**2 * config.hidden_size * config.num_hidden_layers if heads else 0
     return 2.0 * weights * length + attention + 2.0 * head.weight.numel() * rows

@@ -12,7 +12,7 @@ from ki_ds.errors import UserError, reason
 from ki_ds.launch import distributed
 from ki_ds.models.architectures import check_objective, set_dropout
 from ki_ds.models.flops import auto_class, from_configuration
-from ki_ds.models.partitioned import gathered
+from ki_ds.models.partitioned import gathered, logits
 from ki_ds.progress import say
 
 
@@ -61,7 +61,7 @@ def check_causal(model: Any, place: str) -> None:
     """Check that no prediction of a causal model depends on what comes after it.
 
     Raises:
-        UserError: changing the last token changes an earlier prediction.
+        UserError: changing the last token changes an earlier prediction, or the model needs more than input ids.
     """
     training = model.training
     model.eval()
@@ -69,7 +69,7 @@ def check_causal(model: Any, place: str) -> None:
     two = one.clone()
     two[0, -1] = (two[0, -1] + 1) % model.config.vocab_size
     with gathered(model):
-        before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1] for ids in (one, two))
+        before, after = (logits(model, ids, place)[:, :-1] for ids in (one, two))
     model.train(training)
     if not torch.allclose(before, after, rtol=1e-4, atol=1e-4):
         raise UserError(f"{place}: a {type(model).__name__} sees the tokens that it is to predict; it is not causal")

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ki_ds.errors import UserError
 from ki_ds.kernels import IDENTITY, KILoss, LogitTransform, PackedTargets, ki_loss
 from ki_ds.kernels.logit_transform import head
-from ki_ds.models.partitioned import gathered, shape
+from ki_ds.models.partitioned import gathered, logits, shape
 
 
 class Head(nn.Module):
@@ -56,8 +56,8 @@ class LanguageModel(nn.Module):
         """Take the head out of a model.
 
         Raises:
-            UserError: the model's logits are not a linear map of hidden states, scaled and capped at most, or the head
-                has too few rows.
+            UserError: the model's logits are not a linear map of hidden states, scaled and capped at most, the head
+                has too few rows, or the model needs more than input ids.
         """
         super().__init__()
         linear = model.get_output_embeddings()
@@ -68,9 +68,9 @@ class LanguageModel(nn.Module):
                 f"{place}: the head knows {shape(linear.weight)[0]} tokens, the tokenizer has {vocabulary}; "
                 "expected a model made for this tokenizer"
             )
-        self._parent, self._name = _holder(model, linear)
+        self._parent, self._name, self._place = *holder(model, linear), place
         training = model.training
-        self._catch = _Catch()
+        self._catch = Catch(linear)
         logit_transform = None
         try:
             with gathered(model):
@@ -92,9 +92,9 @@ class LanguageModel(nn.Module):
     def _logit_transform(self, model: Any, linear: nn.Linear) -> LogitTransform | None:
         """What the model makes of its head's product, found by trial; None: something else. The head is taken out."""
         probe = torch.arange(2, device=linear.weight.device)[None, :]
-        standin = _StandIn(shape(linear.weight)[0])
+        standin = _StandIn(linear)
         setattr(self._parent[0], self._name, standin)
-        found = model(input_ids=probe, use_cache=False).logits
+        found = logits(model, probe, self._place)
         if standin.given is None:
             return None
         product = standin.logits(standin.given)
@@ -103,7 +103,7 @@ class LanguageModel(nn.Module):
             fitting = [x for x in _logit_transforms(model.config) if torch.allclose(found, x.of(product), rtol=rtol)]
             setattr(self._parent[0], self._name, self._catch)
             return fitting[0] if fitting else None
-        setattr(self._parent[0], self._name, nn.Identity())
+        setattr(self._parent[0], self._name, _Through(linear))
         try:
             hidden = model(input_ids=probe, use_cache=False).logits
         except RuntimeError:  # sizes that do not fit: something as large as the vocabulary comes after the head
@@ -137,16 +137,51 @@ class LanguageModel(nn.Module):
         return self.backbone
 
 
-class _Catch(nn.Module):
-    """In a head's place: keeps the hidden states, and returns next to nothing for the model to scale and cap."""
+class _InPlace(nn.Module):
+    """Stands in a head's place, with what models read of a head beside calling it."""
 
-    def __init__(self) -> None:
+    def __init__(self, linear: nn.Linear):
         super().__init__()
+        self._linear = (linear,)  # hidden from the module tree
         self.given: Any = None
+
+    @property
+    def weight(self) -> Tensor:
+        return self._linear[0].weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self._linear[0].bias
+
+
+class Catch(_InPlace):
+    """Keeps the hidden states, and returns next to nothing for the model to scale and cap."""
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.given = hidden
         return hidden[..., :1]
+
+
+class _Through(_InPlace):
+    """Returns the hidden states."""
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden
+
+
+class _StandIn(_InPlace):
+    """Keeps what it is given, and returns logits far apart, which soft-capping would change."""
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[..., rows] from -100 to 100."""
+        rows = shape(self.weight)[0]
+        return torch.linspace(-100, 100, rows, dtype=hidden.dtype, device=hidden.device).expand(
+            *hidden.shape[:-1], rows
+        )
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        self.given = hidden
+        return self.logits(hidden)
 
 
 def _logit_transforms(config: Any) -> list[LogitTransform]:
@@ -161,25 +196,7 @@ def _logit_transforms(config: Any) -> list[LogitTransform]:
     return [LogitTransform(scale, cap) for cap in (0.0, *caps) for scale in (1.0, *scales, *(1 / x for x in scales))]
 
 
-class _StandIn(nn.Module):
-    """Stands in for a head: keeps what it is given, and returns logits far apart, which soft-capping would change."""
-
-    def __init__(self, rows: int):
-        super().__init__()
-        self.rows = rows
-        self.given: Tensor | None = None
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """[..., rows] from -100 to 100."""
-        ramp = torch.linspace(-100, 100, self.rows, dtype=hidden.dtype, device=hidden.device)
-        return ramp.expand(*hidden.shape[:-1], self.rows)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        self.given = hidden
-        return self.logits(hidden)
-
-
-def _holder(model: nn.Module, child: nn.Module) -> tuple[tuple[nn.Module], str]:
+def holder(model: nn.Module, child: nn.Module) -> tuple[tuple[nn.Module], str]:
     """The module that holds a child, inside a tuple, and the child's name there."""
     path = next(name for name, module in model.named_modules() if module is child)
     parent, _, name = path.rpartition(".")

@@ -6,12 +6,32 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from ki_ds.errors import UserError, reason
 
 
 def shape(parameter: Tensor) -> tuple[int, ...]:
     """The whole shape of a parameter, of which this rank may hold a part."""
     return tuple(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def logits(model: Any, input_ids_BS: Tensor, place: str) -> Tensor:
+    """[B, S, V], to try a model out.
+
+    Raises:
+        UserError: the model cannot be run on input ids alone.
+    """
+    try:
+        found: Tensor = model(input_ids=input_ids_BS, use_cache=False).logits
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model raises
+        raise UserError(
+            f"{place}: a {type(model).__name__} cannot be run on input ids alone: {reason(error)}"
+        ) from None
+    return found
 
 
 @contextlib.contextmanager

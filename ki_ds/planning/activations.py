@@ -13,12 +13,13 @@ import contextlib
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from ki_ds.engine.config import EngineConfig
 from ki_ds.models.flops import outline
+from ki_ds.models.language_model import Catch, holder
 
 
 class Kept(NamedTuple):
@@ -27,6 +28,7 @@ class Kept(NamedTuple):
     everything: int
     inputs: int  # of the layers: what is kept where the rest is computed again
     layer: int  # of one layer, while it is computed again
+    traced: bool = True  # else the model asks for values, which shapes do not have, and nothing is known
 
 
 class Pass(NamedTuple):
@@ -47,10 +49,13 @@ class Pass(NamedTuple):
 
 def kept(config: Any, objective: str, how: Pass) -> Kept:
     """The backbone's activations. `config`: a Hugging Face configuration with the dropout of training."""
-    everything = saved_bytes(config, objective, how)
+    try:
+        everything = saved_bytes(config, objective, how)
+    except Exception:  # each model that asks for values has its own
+        return Kept(0, 0, 0, traced=False)
     layers = config.num_hidden_layers
     inputs = layers * how.sequences * how.length * config.hidden_size * how.dtype.itemsize
-    return Kept(everything, inputs, everything // layers)
+    return Kept(everything, inputs, everything // max(layers, 1))
 
 
 def saved_bytes(config: Any, objective: str, how: Pass) -> int:
@@ -66,7 +71,9 @@ def saved_bytes(config: Any, objective: str, how: Pass) -> int:
 
     with FakeTensorMode(), contextlib.ExitStack() as stack:
         model = outline(config, objective, how.dtype, "cpu").train()
-        model.set_output_embeddings(nn.Identity())
+        linear = model.get_output_embeddings()
+        (parent,), name = holder(model, linear)
+        setattr(parent, name, Catch(linear))
         own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
         ids = torch.zeros(how.sequences, how.length, dtype=torch.int64)
         stack.enter_context(_AsThere(how.gpu))
@@ -95,7 +102,18 @@ class _AsThere(TorchFunctionMode):
             given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
             p, training = given.get("p", 0.5), given.get("training", True)
             return torch.native_dropout(given["input"], p, True)[0] if p and training else given["input"]
+        if getattr(func, "__name__", "") in ("grouped_mm", "_grouped_mm"):  # which has shapes in bf16 only
+            return _Experts.apply(args[0], args[1])
         return func(*args, **kwargs)
+
+
+class _Experts(torch.autograd.Function):
+    """The products of tokens [T, D], sorted by expert, with their experts' weights [E, D, F]."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens, weight)
+        return tokens.new_empty(tokens.shape[0], weight.shape[-1])
 
 
 class _FusedAttention(torch.autograd.Function):

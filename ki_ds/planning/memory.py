@@ -253,10 +253,11 @@ def target_bytes(model: Model, micro: Micro) -> float:
     return 8 * micro.tokens + micro.rows * (20 + (8 + micro.k * entry if micro.k else 0))
 
 
-def inference(config: Any, objective: str, sequences: int, length: int, gpu: bool) -> float:
-    """Bytes that a teacher takes on a rank: its weights in fp32, the tensors of a layer, a chunk of logits."""
+def inference(config: Any, objective: str, sequences: int, length: int, gpu: bool) -> tuple[float, bool]:
+    """Bytes that a teacher takes on a rank: its weights in fp32, the tensors of a layer, a chunk of logits; and whether
+    those of a layer are known."""
     model, quiet = outlined(config, objective), copy.deepcopy(config)
     architectures.set_dropout(quiet, 0.0)
-    working = kept(quiet, objective, Pass(sequences, length, torch.float32, None, gpu)).everything
+    working = kept(quiet, objective, Pass(sequences, length, torch.float32, None, gpu))
     logits = LOGIT_BYTES["triton" if gpu else "chunked"]
-    return 4 * model.parameters + working / config.num_hidden_layers + logits
+    return 4 * model.parameters + working.layer + logits, working.traced

@@ -21,6 +21,7 @@ from ki_ds.planning.costs import rows_per_sequence
 from ki_ds.planning.room import GIB, Room
 from ki_ds.workspace import SHIPPED
 
+UNTRACED = "which are not estimated: the model's way depends on values, which a plan does not have"
 OFFLOAD = ("none", "cpu", "nvme")
 
 
@@ -72,7 +73,8 @@ class Need:
             if how not in self.found:
                 self.found[how] = kept(self.config, self.e.objective, how)
         one, two = (self.found[how._replace(sequences=count)] for count in (1, 2))
-        return Kept(*(a + (sequences - 1) * (b - a) for a, b in zip(one, two, strict=True)))
+        grown = (a + (sequences - 1) * (b - a) for a, b in zip(one[:3], two[:3], strict=True))
+        return Kept._make((*grown, one.traced and two.traced))
 
     def at(self, engine: EngineConfig, sequences: int) -> memory.Estimate:
         """Under an engine JSON, with so many sequences at once."""
@@ -91,6 +93,8 @@ def verdict(need: Need, sequences: int, chosen: EngineConfig, there: Room) -> st
     """Whether what is there is enough; else the first engine JSON that would do, or the first smaller micro-batch."""
     found = need.at(chosen, sequences)
     said = f"needs {amounts(found, there.gpu)} a rank with micro_batch_size {sequences}"
+    if not need.kept(chosen, sequences).traced:
+        said += f" and what its activations take, {UNTRACED}"
     if there.device is None:
         kind = "on GPUs" if there.gpu else "on CPUs"
         return f"{said} {kind}; what is there is not known from here (ask with --memory GIB)"

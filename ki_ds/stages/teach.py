@@ -16,6 +16,7 @@ from ki_ds.kernels.dispatch import chosen
 from ki_ds.launch import distributed
 from ki_ds.planning import memory
 from ki_ds.planning.costs import Cost, model_cost, rows_per_sequence
+from ki_ds.planning.plan import UNTRACED
 from ki_ds.planning.room import Room
 from ki_ds.progress import say
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, State, parse_manifest
@@ -106,11 +107,13 @@ class Teach(Stage):
             wanted = self.wanted(space)
         config = models.configuration(space, wanted.teacher, tokenizer)
         samples, per_entry = wanted.spec.samples, 4 if tokenizer.size > 1 << 16 else 3  # before zstd
+        taken, traced = memory.inference(config, e.objective, MICRO_BATCH, e.sequence_length, room.gpu)
         return Cost(
             tokens=samples * e.sequence_length,
             flops=samples * model_cost(e, config).flops_per_sequence,
             bytes=samples * rows_per_sequence(e) * (10 + wanted.spec.selection.k * per_entry),
-            memory=memory.inference(config, e.objective, MICRO_BATCH, e.sequence_length, room.gpu),
+            memory=taken,
+            note="" if traced else f"{self.name}: memory is without the teacher's activations, {UNTRACED}",
         )
 
     def run(self, space: Workspace) -> None:

@@ -20,9 +20,10 @@ TINY = {
 }  # fmt: skip
 
 
-def tiny_config(kind, objective=None, vocabulary=VOCABULARY, length=LENGTH, **more):
+def tiny_config(kind, objective=None, vocabulary=VOCABULARY, length=LENGTH, only=None, **more):
+    """`only`: all keys, in place of the small ones of the kind."""
     own, sizes = TINY.get(kind, (objective, SMALL))
-    objective = objective or own
+    objective, sizes = objective or own, sizes if only is None else only
     given = {"model_type": kind, **sizes, **more}
     return architectures.configuration(
         given, objective, expected(vocabulary, objective), length, "models.x.architecture"

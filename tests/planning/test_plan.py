@@ -4,6 +4,7 @@ import json
 import re
 
 import pytest
+from helpers.models import SMALL
 
 from ki_ds.cli.main import main
 from ki_ds.engine.config import EngineConfig, OptimizerOffload, ParameterOffload
@@ -129,3 +130,25 @@ def test_the_command_gives_a_verdict_for_each_model(file, tmp_path, capsys):
     hosts.write_text("a slots=2\n")
     assert "not known from here" in asked("--hostfile", str(hosts))
     assert "with micro_batch_size 4" in asked("--hostfile", str(hosts))
+
+
+@pytest.mark.parametrize(
+    ("objective", "architecture", "said"),
+    [
+        ("mlm", {"model_type": "modernbert", **SMALL}, "activations take, which are not estimated.*; fits"),
+        ("clm", {"model_type": "gpt2", "n_embd": 16, "n_layer": 0, "n_head": 2}, "; fits"),
+    ],
+)
+def test_models_without_a_trace_and_without_layers_are_planned(objective, architecture, said, tmp_path, capsys):
+    """As students and as teachers."""
+    given = experiment() | {"objective": objective}
+    given["models"]["m"]["architecture"] = architecture
+    student = {"from": {"a": "m"}, "alpha_T": 1.0, "targets": {"k": 10}}
+    given["models"]["s"] = {**given["models"]["m"], "inherit": student}
+    (tmp_path / "a.txt").write_text(TEXT)
+    (tmp_path / "e.json").write_text(json.dumps(given))
+    with pytest.raises(SystemExit) as ended:
+        main(["plan", str(tmp_path / "e.json"), "--workdir", str(tmp_path / "work"), "--memory", "1"])
+    out = capsys.readouterr().out
+    assert ended.value.code in (0, None) and re.search(f"^s: needs .*{said}", out, re.MULTILINE)
+    assert ("m@a: memory is without the teacher's activations" in out) == (objective == "mlm")
