@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import mmap
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from ki_ds.errors import UserError
 
 PIECE = 1 << 26  # bytes
 on_piece: list[Callable[[], None]] = []  # who is to be told that a long flush gets on: `launch.heartbeat`
+LITTLE = 1 << 20  # bytes: how much is free where a write has just failed for want of room
 
 
 def digest(value: Any) -> str:
@@ -57,6 +60,39 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path}: cannot be written: {error.strerror}. {remedy(error)}") from None
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """While a library writes to a file or folder: torch, safetensors and tokenizers have many words for a full disk.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}. {remedy(error)}") from None
+    except UserError:
+        raise
+    except Exception as error:
+        said = [number for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) if os.strerror(number) in str(error)]
+        if not said and shutil.disk_usage(path.parent).free > LITTLE:
+            raise
+        number = said[0] if said else errno.ENOSPC
+        full = OSError(number, os.strerror(number))
+        raise UserError(f"{path}: cannot be written: {full.strerror}. {remedy(full)}") from None
+
+
+def as_umask_says(folder: Path) -> None:
+    """Give a folder's files the permissions of any that is made in it: some libraries write for the owner alone."""
+    probe = folder / f"{secrets.token_hex(4)}.tmp"
+    probe.touch()
+    mode = stat.S_IMODE(probe.stat().st_mode)
+    probe.unlink()
+    for file in folder.rglob("*"):
+        if file.is_file():
+            file.chmod(mode)
 
 
 def remedy(error: OSError) -> str:

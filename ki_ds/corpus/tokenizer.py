@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ki_ds.errors import UserError, reason
-from ki_ds.files import digest, remedy
+from ki_ds.files import digest, writing
 
 MLM_SPECIAL = {
     "bos_token": "<s>",
@@ -49,18 +49,17 @@ class TextTokenizer:
         with _refusing("the tokenizer cannot encode a document; expected one that encodes any text"):
             return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
-    def save(self, folder: Path) -> None:
-        """Write the tokenizer's files into a folder.
+    def save(self, folder: Path, length: int | None = None) -> None:
+        """Write the tokenizer's files into a folder; `length`: tokens that the model beside it takes at most.
 
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        try:
-            self.hugging_face.save_pretrained(folder)
-        except Exception as error:  # the Rust side raises a bare Exception that tells the number in its text
-            number = re.search(r"\(os error (\d+)\)", str(error))
-            what = error if isinstance(error, OSError) else OSError(int(number[1]) if number else 0, "")
-            raise UserError(f"{folder}: the tokenizer cannot be written: {reason(error)}. {remedy(what)}") from None
+        known = copy.copy(self.hugging_face)
+        if length is not None:
+            known.model_max_length = length
+        with writing(folder):
+            known.save_pretrained(folder)
 
 
 @contextlib.contextmanager

@@ -7,9 +7,7 @@ the checkpoint before it is taken.
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,14 +15,13 @@ from typing import Any
 
 from ki_ds.engine import optimizers, universal
 from ki_ds.errors import UserError, reason
-from ki_ds.files import remedy, sync, write_atomically
+from ki_ds.files import as_umask_says, sync, write_atomically, writing
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.models.language_model import LanguageModel
 from ki_ds.models.partitioned import shape
 from ki_ds.progress import say
 
 RECORD = "ki_ds.json"
-LITTLE = 1 << 20  # bytes: how much is free where a write has just failed for want of room
 
 
 @dataclass(frozen=True)
@@ -50,19 +47,12 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
     if distributed.rank() == 0 and here.exists():
         shutil.rmtree(here)  # begun by a run of another number of ranks, perhaps: its files would stay
     distributed.barrier()
-    try:
-        with heartbeat.lengthy(f"saving {here}"):
-            engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
+    with writing(here), heartbeat.lengthy(f"saving {here}"):
+        engine.save_checkpoint(str(folder), tag=tag, client_state={}, save_latest=False)
         own = [file for file in here.rglob("*") if file.is_file() and _is_own(file)]
         for file in own:
             with heartbeat.lengthy(f"writing {file} through to disk"):
                 sync(file)
-    except (OSError, RuntimeError) as error:
-        # torch has many words for a disk that is full
-        if isinstance(error, RuntimeError) and shutil.disk_usage(folder).free > LITTLE:
-            raise
-        problem = error if isinstance(error, OSError) else OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        raise UserError(f"{here}: cannot be written: {problem.strerror}. {remedy(problem)}") from None
     files = distributed.all_gather_object({str(file.relative_to(here)): file.stat().st_size for file in own})
     if distributed.rank() == 0:
         record = {
@@ -213,12 +203,26 @@ def _load_elsewhere(engine: Any, zero_stage: int, found: Checkpoint) -> None:
 
 
 def export(engine: Any, folder: Path) -> None:
-    """Write the model as a Hugging Face folder, safetensors only; afterwards this engine must not be used."""
+    """Write the model as a Hugging Face folder, safetensors only, under another name until it is whole; afterwards this
+    engine must not be used. Its files can be read by whom the umask says.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
     import deepspeed
 
     model: LanguageModel = engine.module
     partitioned = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=partitioned):
         if distributed.rank() == 0:
-            model.whole().save_pretrained(folder, safe_serialization=True)
+            begun = folder.with_name(f"{folder.name}.begun")
+            for old in (begun, folder):
+                shutil.rmtree(old, ignore_errors=True)
+            try:
+                with writing(folder):
+                    model.whole().save_pretrained(begun, safe_serialization=True)
+                    as_umask_says(begun)
+                    begun.rename(folder)
+            finally:
+                shutil.rmtree(begun, ignore_errors=True)
     distributed.barrier()

@@ -132,6 +132,14 @@ def _filled(given: dict[str, Any], default: Any, tokenizer: TextTokenizer, lengt
     return {**given, **filled}
 
 
+def positions(config: Any) -> int | None:
+    """How many tokens a model can see at once; None: there is no limit."""
+    known = getattr(config, "max_position_embeddings", None)
+    if not isinstance(known, int) or known < 0:
+        return None
+    return known - (config.pad_token_id + 1 if config.model_type in OFFSET_POSITIONS else 0)
+
+
 def check_objective(config: Any, objective: str, place: str) -> None:
     """Check that a kind of model can be trained with an objective.
 

@@ -126,12 +126,9 @@ def check_fit(space: Workspace, name: str, config: Any, vocabulary: int) -> None
             f"{place}: its vocabulary has {config.vocab_size} ids, the tokenizer {vocabulary}. If the rest is padding "
             'that no text ever uses, say so with "padded_vocabulary": true; else take its own tokenizer'
         )
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is not None:
-        offset = config.model_type in architectures.OFFSET_POSITIONS
-        usable = positions - (config.pad_token_id + 1 if offset else 0)
-        if usable < e.sequence_length:
-            raise UserError(f"{place}: it knows {usable} positions, sequence_length is {e.sequence_length}")
+    usable = architectures.positions(config)
+    if usable is not None and usable < e.sequence_length:
+        raise UserError(f"{place}: it knows {usable} positions, sequence_length is {e.sequence_length}")
 
 
 def checked_configuration(space: Workspace, name: str, tokenizer: TextTokenizer) -> Any:

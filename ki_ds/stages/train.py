@@ -14,6 +14,7 @@ from ki_ds.files import digest, file_digest
 from ki_ds.kernels.dispatch import chosen
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.metrics import read_metrics
+from ki_ds.models import architectures
 from ki_ds.models.language_model import LanguageModel
 from ki_ds.planning.costs import Cost, model_cost
 from ki_ds.planning.plan import Need, verdict
@@ -145,7 +146,8 @@ class Train(Stage):
     def seal(self, space: Workspace, identity: Identity, student: TrainedModel) -> None:
         """Seal the folder of a finished model, with the tokenizer beside the weights."""
         folder = space.root / self.folder
-        space.tokenizer.save(folder / "model")
+        known = architectures.positions(models.configuration(space, self.name, space.tokenizer))
+        space.tokenizer.save(folder / "model", known or space.experiment.sequence_length)
         weights = {}
         for file in sorted((folder / "model").glob("*.safetensors")):
             heartbeat.report(f"{self}: reading {file.name} once more")

@@ -283,5 +283,5 @@ def test_a_full_disk_is_named_with_the_folder(tmp_path, file):
     with pytest.raises(UserError) as raised:
         KNOWN["clm"].save(tmp_path)
     found = str(raised.value)
-    assert found.startswith(f"{tmp_path}: the tokenizer cannot be written: {os.strerror(errno.ENOSPC)}")
+    assert found.startswith(f"{tmp_path}: cannot be written: {os.strerror(errno.ENOSPC)}")
     assert "Free some space" in found

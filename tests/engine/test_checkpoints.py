@@ -1,6 +1,9 @@
 """Checkpoints of the engine: kept, resumed, damaged."""
 
 import json
+import os
+import resource
+import signal
 
 import pytest
 import torch
@@ -110,3 +113,42 @@ def test_damage_found_while_converting_names_the_remedy(stage, file, tmp_path):
     with pytest.raises(UserError, match=r"step-00000001: cannot be converted .*remove it to go on from the checkpoint"):
         checkpoints.resume(new_engine(2).deepspeed, tmp_path, {})
     assert not [*tmp_path.glob("universal-*")]
+
+
+def test_an_export_on_a_full_disk_is_refused_and_leaves_nothing_that_looks_whole(tmp_path):
+    """The model that an earlier end left there is gone too: it was not sealed."""
+    one = new_engine(1)
+    step(one, 0)
+    (tmp_path / "model").mkdir()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    held = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))  # a file's end comes as the disk's would
+    try:
+        with pytest.raises(UserError, match=r"model: cannot be written: (File too large|No space left on device)\."):
+            checkpoints.export(one.deepspeed, tmp_path / "model")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, held)
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_words_of_safetensors_for_a_full_disk_are_an_error_of_the_user(tmp_path, monkeypatch):
+    from safetensors import SafetensorError
+
+    def fail(*_given, **_named):
+        raise SafetensorError('I/O error: Os { code: 28, kind: StorageFull, message: "No space left on device" }')
+
+    one = new_engine(0)
+    monkeypatch.setattr("transformers.PreTrainedModel.save_pretrained", fail)
+    with pytest.raises(UserError, match=r"cannot be written: No space left on device\. Free some space"):
+        checkpoints.export(one.deepspeed, tmp_path / "model")
+
+
+def test_an_exported_model_is_readable_as_the_umask_says(tmp_path):
+    before = os.umask(0o027)
+    try:
+        checkpoints.export(new_engine(1).deepspeed, tmp_path / "model")
+    finally:
+        os.umask(before)
+    modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
+    assert "model.safetensors" in modes and {*modes.values()} == {0o640}

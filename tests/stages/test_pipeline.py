@@ -88,6 +88,7 @@ def test_model_folders_are_hugging_face_folders(graph):
         loss = model(input_ids=ids, labels=ids).loss.item()
     found = json.loads((work / "results" / "g2" / "perplexity.json").read_text())["corpora"]["a"]["nats"]
     assert loss == pytest.approx(found, rel=1e-5)  # perplexity as Hugging Face's own loss gives it
+    assert tokenizer.model_max_length == 32 == model.config.max_position_embeddings
     assert tokenizer.decode(tokenizer("import asyncio")["input_ids"]) == "import asyncio"
 
 
