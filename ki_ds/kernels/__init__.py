@@ -43,7 +43,7 @@ def ki_loss(
         impl: `auto` takes `triton` on a GPU, where it can, and `chunked` elsewhere.
 
     Returns:
-        Sums over the rows, in nats; `loss` alone is differentiable.
+        Sums over the rows, in nats, and CE and KL of each; `loss` alone is differentiable.
 
     Raises:
         ValueError: the shapes or types do not fit together, the temperature is not positive, or the implementation

@@ -43,7 +43,7 @@ CACHE_BYTES = 1 << 20  # of the logits that a core works on at a time
 LEAST_ROWS, MOST_ROWS = 2048, 4096  # of a chunk on a GPU: the weight gradient's traffic hides behind products
 HALF_RANGE = 14  # gradients of the logits reach up to 2^14 in fp16, so that 38 bits are left below the largest
 
-# (product_NV, rows, τ, logit transform, gain, with gradient?) -> [3] loss, ce, kl; the gradient ends in the product
+# (product_NV, rows, τ, logit transform, gain, with gradient?) -> loss, ce, kl [3, N]; the gradient ends in the product
 ChunkLoss = Callable[[Tensor, Rows, float, LogitTransform, float, bool], Tensor]
 
 
@@ -87,7 +87,7 @@ class _Chunked(torch.autograd.Function):
         logit_transform: LogitTransform,
         chunk_loss: ChunkLoss,
         differentiate: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         wide = rows.alpha_N.dtype
         count, (used_VD, used_bias_V) = len(hidden_ND), head(weight_VD, bias_V, vocabulary)
         inputs = (hidden_ND, weight_VD, bias_V)
@@ -104,12 +104,15 @@ class _Chunked(torch.autograd.Function):
         size = chunk_rows(count, used, hidden_ND)
         buffer_NV = logits_buffer(min(size, count), used, hidden_ND)
         sums = torch.zeros(3, dtype=wide, device=hidden_ND.device)
+        ce_N, kl_N = torch.empty(2, count, dtype=wide, device=hidden_ND.device).unbind()
         for start in range(0, count, size):
             here = slice(start, min(start + size, count))
             part_ND = hidden_ND[here]
             product_NV = buffer_NV[: len(part_ND)]
             multiply(part_ND, used_VD, used_bias_V, product_NV)
-            sums += chunk_loss(product_NV, rows.part(here), temperature, logit_transform, gain, any(wanted))
+            found_3N = chunk_loss(product_NV, rows.part(here), temperature, logit_transform, gain, any(wanted))
+            sums += found_3N.sum(dim=1)
+            ce_N[here], kl_N[here] = found_3N[1], found_3N[2]
             # the product now holds the gradient
             if grad_hidden_ND is not None:
                 add_product(grad_hidden_ND[here], product_NV, used_VD, first=True)
@@ -121,11 +124,11 @@ class _Chunked(torch.autograd.Function):
         ctx.save_for_backward(grad_hidden_ND, grad_weight_VD, grad_bias_V)
         ctx.gain, ctx.dtypes = gain, tuple(None if x is None else x.dtype for x in inputs)
         loss, ce, kl = (x.clone() for x in sums)  # a view could not be changed in place
-        ctx.mark_non_differentiable(ce, kl)
-        return loss, ce, kl
+        ctx.mark_non_differentiable(ce, kl, ce_N, kl_N)
+        return loss, ce, kl, ce_N, kl_N
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _ce: Tensor, _kl: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():  # create_graph: what comes out would count as constant
             raise RuntimeError('ki_loss has no second derivative here; impl="reference" has')
         scale = grad_loss / ctx.gain
@@ -145,7 +148,7 @@ def half_gain(temperature: float, logit_transform: LogitTransform) -> float:
 def eager_chunk_loss(
     product_NV: Tensor, rows: Rows, temperature: float, logit_transform: LogitTransform, gain: float, gradient: bool
 ) -> Tensor:
-    """[3]: the sums of loss, CE and KL over a chunk; with `gradient`, dloss/dproduct · gain overwrites the product."""
+    """[3, N]: loss, CE and KL of a chunk's rows; with `gradient`, dloss/dproduct · gain overwrites the product."""
     labels_N, alpha_N, targets = rows
     labelled_N = labels_N >= 0
     z_NV = logit_transform.of(product_NV.to(alpha_N.dtype))
@@ -180,7 +183,7 @@ def eager_chunk_loss(
         z_NV.scatter_add_(1, index_N1, -w_ce_N[:, None])
         product_NV.copy_(z_NV if slope_NV is None else z_NV.mul_(slope_NV))
     ce_N = torch.where(labelled_N, (row_max_N - z_label_N) + lse_N, 0)
-    return torch.stack([(1 - alpha_N) * ce_N + alpha_N * temperature**2 * kl_N, ce_N, kl_N]).sum(dim=1)
+    return torch.stack([(1 - alpha_N) * ce_N + alpha_N * temperature**2 * kl_N, ce_N, kl_N])
 
 
 def _blocks(z_NV: Tensor) -> list[slice]:

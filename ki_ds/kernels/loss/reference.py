@@ -23,11 +23,13 @@ from ki_ds.kernels.packed import PackedTargets
 
 
 class KILoss(NamedTuple):
-    """Sums over rows, in nats; only `loss` carries a gradient."""
+    """Sums over rows, in nats, and what they are sums of; only `loss` carries a gradient."""
 
     loss: Tensor
     ce: Tensor  # over all rows with a label
     kl: Tensor  # over the rows with a label, a target and α > 0; without the factor τ²
+    ce_N: Tensor
+    kl_N: Tensor
 
 
 class Rows(NamedTuple):
@@ -97,4 +99,5 @@ def ki_loss_reference(
             kl_N = kl_N + divergence(tail_N, rest_N, torch.isfinite(tail_N))
         kl_N = torch.where(alpha_N > 0, kl_N, 0)
     loss = ((1 - alpha_N) * ce_N + alpha_N * temperature**2 * kl_N).sum()
-    return KILoss(loss, ce_N.sum().detach(), kl_N.sum().detach())
+    ce_N, kl_N = ce_N.detach(), kl_N.detach()
+    return KILoss(loss, ce_N.sum(), kl_N.sum(), ce_N, kl_N)

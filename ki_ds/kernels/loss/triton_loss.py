@@ -309,7 +309,7 @@ def ki_loss_rows(
 def chunk_loss(
     product_NV: Tensor, rows: Rows, temperature: float, logit_transform: LogitTransform, gain: float, gradient: bool
 ) -> Tensor:
-    """[3]: the sums of loss, CE and KL over a chunk; with `gradient`, dloss/dproduct · gain overwrites the product.
+    """[3, N]: loss, CE and KL of a chunk's rows; with `gradient`, dloss/dproduct · gain overwrites the product.
 
     The product's rows must be ALIGNMENT apart, or a multiple; what lies between them is written too.
     """
@@ -339,4 +339,4 @@ def chunk_loss(
             POWER=int(temperature) if temperature in (1, 2) else 0, CAP=cap > 0,
             GRADIENT=gradient, BLOCK=block, BLOCK_K=BLOCK_K, num_warps=warps,
         )  # fmt: skip
-    return sums.sum(dim=1)
+    return sums
