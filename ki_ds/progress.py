@@ -91,7 +91,7 @@ class Progress:
             self._line()
 
     def text(self) -> str:
-        """`120/160 steps, 4.1 steps/s, 9s left, loss 5.31`."""
+        """`120/160 steps, 4.1 steps/s, 9s left, CE 5.31`."""
         elapsed = max(time.monotonic() - self.began, 1e-9)
         rate = (self.done - self.first) / elapsed
         parts = [f"{self.done:,}" + (f"/{self.total:,}" if self.total is not None else "") + f" {self.unit}"]

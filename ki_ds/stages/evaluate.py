@@ -16,7 +16,7 @@ from ki_ds.stages import models
 from ki_ds.stages.ranks import join, prepared
 from ki_ds.stages.stage import Refusals, Stage, viewing
 from ki_ds.stages.tokenizer import expected
-from ki_ds.training.validation import perplexity, validate
+from ki_ds.training.validation import validate
 from ki_ds.workspace import Workspace
 
 MICRO_BATCH = 16  # sequences
@@ -57,17 +57,21 @@ class Evaluate(Stage):
         with heartbeat.lengthy(f"{self}: loading"):
             loaded = models.finished(space, self.name).eval()
             model = LanguageModel(loaded, space.tokenizer.size, f"models.{self.name}").to(device)
-        found = {}
+        found, validated = {}, {}
         total, first = sum(len(space.tokens(name).validation) for name in e.corpora), distributed.rank() == 0
         with Progress(f"evaluate {self.name}", total, "sequences", 0, first) as progress:
             for name in e.corpora:
                 heartbeat.stop_if_asked()
                 part, viewer = space.tokens(name).validation, space.viewer(name)
-                nats, rows = validate(model, part, viewer, MICRO_BATCH, device, progress)
-                mean = nats / max(rows, 1)
-                found[name] = {"perplexity": finite(perplexity(nats, rows)), "nats": finite(mean), "rows": rows}
+                one = validated[name] = validate(model, part, viewer, MICRO_BATCH, device, progress)
+                found[name] = {
+                    "perplexity": finite(one.perplexity), "nats": finite(one.nats), "rows": one.rows,
+                    "sequences": len(part),
+                }  # fmt: skip
         if first:
             folder = space.root / self.folder
+            for name, one in validated.items():  # of each sequence, so that models can be compared pair by pair
+                write_atomically(folder / f"nats-{name}.bin", one.nats_T.astype("<f4").tobytes())
             text = json.dumps({"model": self.name, "corpora": found}, indent=1, allow_nan=False)
             write_atomically(folder / "perplexity.json", text.encode())
             seal(folder, identity, {})

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
+
+import torch
 
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import check_device, micro_batch_size
@@ -13,7 +16,7 @@ from ki_ds.experiment.schema import Experiment, Model
 from ki_ds.files import digest, file_digest
 from ki_ds.kernels.dispatch import chosen
 from ki_ds.launch import distributed, heartbeat
-from ki_ds.metrics import read_metrics
+from ki_ds.metrics import last_step, read_metrics
 from ki_ds.models import architectures
 from ki_ds.models.language_model import LanguageModel
 from ki_ds.planning.costs import Cost, model_cost
@@ -26,8 +29,9 @@ from ki_ds.stages.ranks import join, prepared
 from ki_ds.stages.stage import Refusals, Stage, viewing
 from ki_ds.stages.tokenizer import expected
 from ki_ds.targets.manifest import read_facts
+from ki_ds.training.divergence import run_facts, warning
 from ki_ds.training.loop import train
-from ki_ds.training.records import skipped_facts
+from ki_ds.training.records import go_back
 from ki_ds.training.run import TrainRun
 from ki_ds.workspace import Workspace
 
@@ -77,7 +81,7 @@ class Train(Stage):
         return Identity(self.kind, config, inputs, {"config.model.train.steps": longer(self.name)})
 
     def progress(self, space: Workspace) -> str:
-        done = len(read_metrics(space.root / self.folder / "metrics.jsonl"))
+        done = last_step(space.root / self.folder / "metrics.jsonl")
         return f"{done} of {trained_model(space.experiment, self.name).train.steps} steps" if done else ""
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
@@ -144,7 +148,11 @@ class Train(Stage):
         distributed.barrier()
 
     def seal(self, space: Workspace, identity: Identity, student: TrainedModel) -> None:
-        """Seal the folder of a finished model, with the tokenizer beside the weights."""
+        """Seal the folder of a finished model, with the tokenizer beside the weights.
+
+        Raises:
+            UserError: its metrics are not whole.
+        """
         folder = space.root / self.folder
         known = architectures.positions(models.configuration(space, self.name, space.tokenizer))
         space.tokenizer.save(folder / "model", known or space.experiment.sequence_length)
@@ -152,8 +160,10 @@ class Train(Stage):
         for file in sorted((folder / "model").glob("*.safetensors")):
             heartbeat.report(f"{self}: reading {file.name} once more")
             weights[file.name] = file_digest(file)
-        lines = read_metrics(folder / "metrics.jsonl")
-        facts = {"content": digest(weights), **skipped_facts(lines), **training_facts(space, student)}
+        measured = run_facts(read_metrics(folder / "metrics.jsonl", student.train.steps, partial(go_back, folder)))
+        facts = {"content": digest(weights), **measured, **training_facts(space, student)}
+        if measured["diverged"]:
+            say(f"  {warning(str(self), measured['diverged'])}")
         with heartbeat.lengthy(f"{self}: sealing"):
             seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
 
@@ -175,10 +185,10 @@ def training_facts(space: Workspace, student: TrainedModel) -> dict[str, Any]:
     """Sizes and costs, which the report needs to know of a training run."""
     e, train = space.experiment, student.train
 
-    def flops(teacher: str) -> float:
-        """Of a forward pass over a sequence; of predictions made elsewhere nobody here pays for any."""
+    def flops(teacher: str) -> float | None:
+        """Of a forward pass over a sequence; None: predictions made elsewhere, of which nobody here knows."""
         if e.models[teacher].targets:
-            return 0.0
+            return None
         return model_cost(e, models.configuration(space, teacher, space.tokenizer)).flops_per_sequence
 
     own = model_cost(e, models.configuration(space, student.name, space.tokenizer))
@@ -188,6 +198,9 @@ def training_facts(space: Workspace, student: TrainedModel) -> dict[str, Any]:
         "steps": train.steps,
         "batch_size": train.batch_size,
         "sequence_length": e.sequence_length,
+        "precision": space.engine_config.precision,
+        "ranks": distributed.world_size(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "teacher_steps": student.teacher_steps,
         "teachers": {
             corpus: {

@@ -25,6 +25,7 @@ class MicroBatch:
     labels_N: Tensor  # int64
     targets: PackedTargets | None
     alpha_N: Tensor | None
+    corpus_N: Tensor  # int16: which corpus of the mix a row is of
 
     def to(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, PackedTargets | None, Tensor | None]:
         """The same on a device, as positional arguments; copied beside the computation from pinned memory."""
@@ -33,9 +34,9 @@ class MicroBatch:
         return ids, rows, labels, targets, None if self.alpha_N is None else self.alpha_N.to(device, non_blocking=True)
 
     @property
-    def taught(self) -> int:
-        """Rows that inherit."""
-        return 0 if self.targets is None else int((self.targets.count_N > 0).sum())
+    def taught_N(self) -> Tensor:
+        """Which rows inherit."""
+        return torch.zeros_like(self.labels_N, dtype=torch.bool) if self.targets is None else self.targets.count_N > 0
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,13 @@ class Batch:
         """Rows of this rank."""
         return sum(len(micro.labels_N) for micro in self.micro_batches)
 
-    @property
-    def taught(self) -> int:
-        """Rows of this rank that inherit."""
-        return sum(micro.taught for micro in self.micro_batches)
+    def counts(self, corpora: int) -> np.ndarray:
+        """[2, corpora]: rows of this rank by corpus, and those of them that inherit."""
+        found = np.zeros((2, corpora), np.int64)
+        for micro in self.micro_batches:
+            of_corpus_N, taught_N = micro.corpus_N.numpy(), micro.taught_N.numpy()
+            found += [np.bincount(numbers, minlength=corpora) for numbers in (of_corpus_N, of_corpus_N[taught_N])]
+        return found
 
 
 def host_tensor(array: np.ndarray) -> Tensor:

@@ -117,10 +117,10 @@ class Loader:
             if alpha > 0 and reader.targets is not None:
                 read.append((here, reader.targets.codec, self._read(reader, reader.targets, own_samples_B[here], view)))
         rows_N = np.flatnonzero(loss_mask_BS)
+        sequence_N = rows_N // shape[1]
         targets = alpha_N = None
         if read:
             assert self.collate is not None
-            sequence_N = rows_N // shape[1]
             parts = [(np.flatnonzero(np.isin(sequence_N, here)), codec, planes) for here, codec, planes in read]
             targets = self.collate(len(rows_N), parts)
             alpha_N = host_tensor(np.full(len(rows_N), alpha, np.float32))
@@ -130,6 +130,7 @@ class Loader:
             host_tensor(labels_BS.reshape(-1)[rows_N].astype(np.int64)),
             targets,
             alpha_N,
+            host_tensor(corpus_B[sequence_N].astype(np.int16)),
         )
 
     def _read(self, reader: CorpusReader, targets: ShardFolder, samples_B: np.ndarray, view: View) -> Planes:

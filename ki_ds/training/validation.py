@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -29,11 +30,32 @@ class Validation:
         """Perplexity by corpus; every rank calls this."""
         engine.eval()
         found = {
-            name: perplexity(*validate(engine, tokens, viewer, self.micro_batch, engine.device))
+            name: validate(engine, tokens, viewer, self.micro_batch, engine.device).perplexity
             for name, (tokens, viewer) in self.parts.items()
         }
         engine.train()
         return found
+
+
+@dataclass(frozen=True)
+class Validated:
+    """The cross-entropy over a validation part."""
+
+    nats_T: np.ndarray  # float64: the sum of each sequence
+    rows: int
+
+    @property
+    def nats(self) -> float:
+        """The mean of a row; not a number where there is none."""
+        return float(self.nats_T.sum()) / self.rows if self.rows else math.nan
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the mean; infinite where it overflows."""
+        try:
+            return math.exp(self.nats)
+        except OverflowError:
+            return math.inf
 
 
 @torch.no_grad()
@@ -44,20 +66,17 @@ def validate(
     micro_batch: int,
     device: torch.device,
     progress: Progress | None = None,
-) -> tuple[float, int]:
+) -> Validated:
     """Cross-entropy over a validation part under its fixed view; every rank calls this.
 
     Every rank makes the same number of forward passes, since ZeRO-3 gathers parameters in each.
 
     Args:
         model: a LanguageModel, or the engine around it, in evaluation mode.
-        tokens: [sequences, S].
-
-    Returns:
-        (sum in nats, number of rows) over all ranks.
+        tokens: [T, S], T sequences.
     """
     world = distributed.world_size()
-    nats, count = torch.zeros((), dtype=torch.float64, device=device), 0
+    nats_T, count = torch.zeros(len(tokens), dtype=torch.float64, device=device), 0
     for start in range(0, len(tokens), micro_batch * world):
         begin = start + distributed.rank() * micro_batch
         sequences = np.arange(begin, min(begin + micro_batch, len(tokens)))
@@ -68,21 +87,14 @@ def validate(
         view = viewer(tokens[sequences], sequences, np.full(len(sequences), VALIDATION_VIEW))
         rows = np.flatnonzero(view.loss_mask_BS)
         given = (view.inputs_BS.astype(np.int64), rows, view.labels_BS.reshape(-1)[rows].astype(np.int64))
-        result = model(*(host_tensor(array).to(device, non_blocking=True) for array in given))
+        inputs_BS, rows_N, labels_N = (host_tensor(array).to(device, non_blocking=True) for array in given)
+        ce_N = model(inputs_BS, rows_N, labels_N).ce_N.double()
         if mine:
-            nats += result.ce.double()
+            spread = ce_N.new_zeros(inputs_BS.numel())
+            spread[rows_N] = ce_N
+            nats_T[sequences[0] : sequences[-1] + 1] = spread.view(inputs_BS.shape).sum(dim=1)
             count += len(rows)
         if progress is not None:
             progress.advance(min(micro_batch * world, len(tokens) - start))
-    total, rows_of_all = distributed.all_reduce(torch.stack([nats, torch.full_like(nats, count)])).tolist()
-    return total, int(rows_of_all)
-
-
-def perplexity(nats: float, rows: int) -> float:
-    """exp of the mean cross-entropy; infinite where it overflows, not a number where there is no row."""
-    if not rows:
-        return math.nan
-    try:
-        return math.exp(nats / rows)
-    except OverflowError:
-        return math.inf
+    total = distributed.all_reduce(torch.cat([nats_T, nats_T.new_full((1,), count)])).cpu().numpy()
+    return Validated(total[:-1], int(total[-1]))

@@ -12,9 +12,8 @@ from helpers.engines import Loader, new_engine, settings, step, tiny_run, weight
 from ki_ds.errors import UserError
 from ki_ds.experiment.schedules import alpha, learning_rate
 from ki_ds.experiment.schema import Inherit
-from ki_ds.training.divergence import MOST_SKIPPED
+from ki_ds.training.divergence import MOST_SKIPPED, run_facts
 from ki_ds.training.loop import train
-from ki_ds.training.records import skipped_facts
 
 THREE = pytest.param(3, marks=pytest.mark.slow)  # a CPU computes in fp16 slowly, and gathers at every layer
 STAGES = (1, 2, THREE)  # fp16 at stage 0 is refused
@@ -123,7 +122,7 @@ def test_an_overflow_is_forgotten(stage, tmp_path):
     assert [line["loss_scale"] for line in found] == [1024] * 8 + [512] * 6 + [1024] * 5 + [2048]
     for mine, theirs in zip(found, wanted, strict=True):
         assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-2)
-    assert skipped_facts(found) == {"skipped_steps": 0, "skipped_tries": 2, "loss_scale": 2048}
+    assert run_facts(found) == {"skipped_steps": 0, "skipped_tries": 2, "loss_scale": 2048, "diverged": {}}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -156,7 +155,7 @@ def test_a_fixed_loss_scale_passes_over_a_step_and_ends_after_eleven(tmp_path):
     multiply_hidden_states(one, math.inf, tries=[1])
     found = train_on(one, tmp_path / "once")
     assert [line["applied"] for line in found] == [True, False] + [True] * 18
-    assert skipped_facts(found) == {"skipped_steps": 1, "skipped_tries": 0, "loss_scale": 128}
+    assert run_facts(found) == {"skipped_steps": 1, "skipped_tries": 0, "loss_scale": 128, "diverged": {}}
     bad = engine(3, loss_scale=128)
     multiply_hidden_states(bad, math.inf)
     with pytest.raises(UserError, match=r"11 steps.*samples 0 to 44\. Leave fp16.loss_scale \(now 128\) out"):

@@ -80,7 +80,8 @@ class Loader:
             rows = torch.cat([asked[place] + number * LENGTH for number, place in enumerate(places)])
             here = slice(ends[places[0]], ends[places[-1] + 1])
             taught = (targets.rows(here), torch.full((len(rows),), share)) if share > 0 else (None, None)
-            found.append(MicroBatch(ids[places], rows, labels[here], *taught))
+            corpus = torch.zeros(len(rows), dtype=torch.int16)
+            found.append(MicroBatch(ids[places], rows, labels[here], *taught, corpus))
         return Batch(step, share, found)
 
     def close(self):

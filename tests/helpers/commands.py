@@ -104,7 +104,9 @@ def folder_digest(folder):
 
 
 def metrics(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    """The lines of all steps, without that of the model before its first step."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["step"] > 0]
 
 
 def write(path, experiment):

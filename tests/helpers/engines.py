@@ -33,7 +33,8 @@ def world():
 
 
 def settings(**changes):
-    return Train(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0, **changes)
+    given = dict(on={"a": 1.0}, steps=20, batch_size=4, micro_batch_size=2, learning_rate=1e-2, dropout=0.0)
+    return Train(**given | changes)
 
 
 def new_engine(stage, half=False, fp16=None, bucket=None, **changes):
@@ -63,7 +64,8 @@ def batch(step, size=2):
     for count in (5, 11):
         ids = torch.randint(0, VOCABULARY, (size, LENGTH), generator=g)
         rows = torch.randperm(size * LENGTH, generator=g)[:count]
-        found.append(MicroBatch(ids, rows, torch.randint(0, VOCABULARY, (count,), generator=g), None, None))
+        labels = torch.randint(0, VOCABULARY, (count,), generator=g)
+        found.append(MicroBatch(ids, rows, labels, None, None, torch.zeros(count, dtype=torch.int16)))
     return found
 
 
@@ -73,7 +75,7 @@ def tiny_run(name="m", **changes):
 
 def means(one, number, micros):
     """Of loss, CE and KL over a step's rows, its gradients accumulated."""
-    sums = Sums(*accumulate(one, Batch(number, 0.0, micros), tiny_run()).tolist())
+    sums = Sums.of(accumulate(one, Batch(number, 0.0, micros), tiny_run()), tiny_run())
     return dict(zip(("loss", "ce", "kl"), sums.means, strict=True))
 
 

@@ -33,7 +33,7 @@ def perplexity(work, name):
 def steps_done(work):
     """Steps of the student in the metrics."""
     path = work / "models" / "s" / "metrics.jsonl"
-    return len(re.findall(r"\n", path.read_text())) if path.exists() else 0
+    return max(len(re.findall(r"\n", path.read_text())) - 1, 0) if path.exists() else 0
 
 
 def checkpoint(work):

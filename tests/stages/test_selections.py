@@ -153,7 +153,7 @@ def test_stored_teacher_teaches_in_another_experiment(stored, tmp_path):
 
 def test_stored_teacher_of_another_seed_or_corpus_is_refused_at_the_first_record(stored, selections, tmp_path):
     _, made = selections
-    assert first_batch(opened(stored, made), "s")[0].taught == 8 * 31
+    assert first_batch(opened(stored, made), "s")[0].taught_N.sum() == 8 * 31
     (stored.parent / "b.txt").write_text(TEXT.replace("square", "second power"))
     other = opened(stored, tmp_path, 'corpora.a.sources=[{"text": "b.txt"}]')
     pipeline.run(other, pipeline.Launch([], 1, None), "corpus")

@@ -85,7 +85,7 @@ def test_corpus_without_teacher_beside_one_with(tmp_path):
     assert {0, 1} == set(owners.tolist())
     for row, other, owner in zip(found, both, owners, strict=True):
         assert row[4:] == (other[4:] if owner == 0 else (0, (), ()))
-    assert batches[0].taught == int((owners == 0).sum())
+    assert batches[0].taught_N.sum() == int((owners == 0).sum())
 
 
 def test_micro_batch_of_the_untaught_corpus_alone(tmp_path):
@@ -93,7 +93,7 @@ def test_micro_batch_of_the_untaught_corpus_alone(tmp_path):
     readers = [world.readers[0]]
     (batch,) = loader(world, layout(2, 2), weights=(1.0,), readers=readers).load(0, 0.5)
     assert batch.targets is None and batch.alpha_N is None
-    assert batch.taught == 0
+    assert not batch.taught_N.any()
     assert len(batch.labels_N) > 0
 
 
