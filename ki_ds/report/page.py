@@ -1,54 +1,43 @@
-"""Stage: curves, tables and savings of an experiment's models, as one HTML file, PNG figures and JSON."""
+"""The report: curves, tables and savings of an experiment's models, as one HTML file, PNG figures and JSON."""
 
 from __future__ import annotations
 
 import base64
-import io
+import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from ki_ds.errors import UserError
-from ki_ds.experiment.schema import Experiment
-from ki_ds.experiment.strict import Kind, parse
+from ki_ds.errors import UserError, reason
+from ki_ds.experiment.schema import Experiment, Inherit
+from ki_ds.experiment.strict import parse
 from ki_ds.files import write_atomically
-from ki_ds.report import savings
-from ki_ds.report.savings import Record, Run, number, words
+from ki_ds.metrics import read_metrics
+from ki_ds.progress import duration
+from ki_ds.report import figures, savings
+from ki_ds.report.savings import Record, Run, Step
+from ki_ds.report.words import comparisons, number, warnings
+from ki_ds.sealed import read_manifest
 
-COLOURS = ("#0b6e99", "#d1603d", "#7b5aa6", "#b8860b", "#c2478a", "#555555")
-TEACHER = "#4f8a3c"
 SIZES = ("parameters", "steps", "batch_size", "sequence_length")
 
 
 # ------------------------------------------------------------------------------------------------------------ reading
 
 
-class _Manifest(savings.Recorded):
-    facts: savings.Facts
-
-
 class _Result(savings.Recorded):
     perplexity: float | None
+    rows: int | None = None
+    sequences: int | None = None
 
 
 class _Results(savings.Recorded):
     corpora: dict[str, _Result]
-
-
-def _parsed(kind: type[Kind], text: str, source: str) -> Kind:
-    """JSON as another stage wrote it, NaN and infinities included: a run that diverged is worth a report."""
-    try:
-        return parse(kind, json.loads(text), source)
-    except json.JSONDecodeError as error:
-        raise UserError(f"{source}: not JSON: {error.msg}; remove its folder and run `ki-ds run` again") from None
 
 
 def _files(workdir: Path, name: str) -> tuple[Path, Path]:
@@ -57,24 +46,84 @@ def _files(workdir: Path, name: str) -> tuple[Path, Path]:
 
 def _read_run(workdir: Path, name: str) -> Run:
     metrics, manifest = _files(workdir, name)
-    facts = _parsed(_Manifest, manifest.read_text(encoding="utf-8"), str(manifest)).facts
-    lines = enumerate(metrics.read_text(encoding="utf-8").splitlines(), start=1)
-    rows = [_parsed(savings.Step, line, f"{metrics}:{place}") for place, line in lines if line.strip()]
-    by_step = {row.step: row for row in rows}  # a resumed run writes the steps since its checkpoint again
-    return Run(name, facts, tuple(by_step[step] for step in sorted(by_step)))
+    facts = parse(savings.Facts, read_manifest(manifest.parent)["facts"], f"{manifest}: facts")
+
+    def remedy(_done: int) -> str:
+        return f"Put a whole copy of the file back, or remove {metrics.parent} and run `ki-ds run`: it trains it again."
+
+    history, initial, seconds = [], {}, None
+    for line in read_metrics(metrics, facts.steps, remedy):
+        if line["step"] == 0:
+            initial = line.get("validation", {})
+            continue
+        seconds = line.get("seconds")
+        ce, kl, alpha = (line.get(key) for key in ("ce", "kl", "alpha"))
+        history.append(Step(line["step"], ce, kl, alpha, line.get("validation", {})))
+    return Run(name, facts, tuple(history), initial, seconds)
 
 
-def _model(workdir: Path, name: str, run: Run | None) -> Record:
-    """A model's row; its perplexities are the evaluation's, or else those of the last validation in training."""
-    perplexities = {corpus: savings.final(run.curve(corpus)) for corpus in run.corpora()} if run else {}
+def _results(workdir: Path, name: str) -> dict[str, _Result]:
+    """What a model's evaluation found on each corpus, infinities included; empty where there is none.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
     path = workdir / "results" / name / "perplexity.json"
-    if path.exists():
-        results = _parsed(_Results, path.read_text(encoding="utf-8"), str(path)).corpora
-        perplexities |= {corpus: savings.finite(result.perplexity) for corpus, result in results.items()}
+    if not path.exists():
+        return {}
+    try:
+        data = json.loads(path.read_bytes().decode())
+    except (OSError, ValueError, RecursionError) as error:
+        remedy = f"remove {path.parent} and run `ki-ds run` again: it is made anew"
+        raise UserError(f"{path}: not JSON: {reason(error)}; {remedy}") from None
+    return parse(_Results, data, str(path)).corpora
+
+
+def _model(experiment: Experiment, workdir: Path, name: str, run: Run | None) -> Record:
+    """A model's record; its perplexities are the evaluation's, or else those of the last validation in training."""
+    perplexities = {corpus: savings.final(run.curve(corpus)) for corpus in run.corpora()} if run else {}
+    results = _results(workdir, name)
+    perplexities |= {corpus: savings.finite(result.perplexity) for corpus, result in results.items()}
+    inherit = experiment.models[name].inherit
     return {
         **{size: getattr(run.facts, size) if run else None for size in SIZES},
         "teachers": {corpus: teacher.model for corpus, teacher in run.facts.teachers.items()} if run else {},
         "perplexities": perplexities,
+        "initial_perplexities": {name: savings.finite(value) for name, value in run.initial.items()} if run else {},
+        "diverged": run.facts.diverged if run else {},
+        "training": _training(experiment, workdir, run) if run else None,
+        "inherit": _inherit(inherit, run) if run and inherit else None,
+    }
+
+
+def _training(experiment: Experiment, workdir: Path, run: Run) -> Record:
+    """How a model was trained; null where a manifest of an older version does not say."""
+    train, facts = experiment.models[run.name].train, run.facts
+    tokens = facts.steps * facts.batch_size * facts.sequence_length
+    return {
+        "optimizer": train.optimizer if train else None,
+        "learning_rate": train.learning_rate if train else None,
+        "seed": experiment.model_seed(run.name),
+        "tokens": tokens,
+        "precision": facts.precision,
+        "ranks": facts.ranks,
+        "device": facts.device,
+        "seconds": run.seconds,
+        "tokens_per_second": tokens / run.seconds if run.seconds else None,
+        "versions": read_manifest(workdir / "models" / run.name).get("versions", {}),
+    }
+
+
+def _inherit(inherit: Inherit, run: Run) -> Record:
+    """How a student inherited."""
+    given = inherit.targets.model_dump()
+    kept = {"sampled": ("draws",), "top_p": ("k", "p")}.get(inherit.targets.select, ("k",))
+    return {
+        "schedule": inherit.schedule,
+        "teacher_steps": run.facts.teacher_steps,
+        "temperature": inherit.temperature,
+        "select": inherit.targets.select,
+        **{key: given[key] if key in kept else None for key in ("k", "p", "draws")},
     }
 
 
@@ -94,114 +143,51 @@ def _compared(experiment: Experiment, workdir: Path, runs: dict[str, Run], model
                 f"compare.{index} has nothing to show; give both a common corpus and `ki-ds run`, or remove the entry"
             )
         for corpus in common:
+            ends = [models[run.name]["perplexities"][corpus] for run in (student, baseline)]
             teacher = models[student.name]["teachers"].get(corpus)
             perplexity = models[teacher]["perplexities"].get(corpus) if teacher in models else None
             result = {"model": teacher, "perplexity": perplexity} if teacher is not None else None
-            yield savings.compare(student, baseline, corpus, result)
+            apart = _difference(workdir, student.name, baseline.name, corpus)
+            yield savings.compare(student, baseline, corpus, (ends[0], ends[1]), result, apart)
 
 
-# ------------------------------------------------------------------------------------------------------------ figures
+def _difference(workdir: Path, student: str, baseline: str, corpus: str) -> Record | None:
+    """`savings.difference` of two evaluations of the same validation part; None where one does not say."""
+    found = [_results(workdir, name).get(corpus) for name in (student, baseline)]
+    with contextlib.suppress(OSError, ValueError):  # results of an older version have no such file
+        mine, theirs = (
+            np.fromfile(workdir / "results" / name / f"nats-{corpus}.bin", "<f4").astype(np.float64)
+            for name in (student, baseline)
+        )
+        if len(mine) == len(theirs) and found[0] and found[1] and found[0].rows and found[0].rows == found[1].rows:
+            return savings.difference(mine, theirs, found[0].rows)
+    return None
 
 
-def _plain(text: str, length: int = 40) -> str:
-    """Text as it stands: matplotlib would read dollars as mathematics."""
-    return (text if len(text) <= length else text[: length - 1] + "…").replace("$", r"\$")
-
-
-def _axes(title: str, label: str, steps: int, break_away: int | None) -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7.2, 4.4), dpi=144, layout="constrained", facecolor="white")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.set_title(_plain(title, 80), loc="left", fontsize=11, fontweight="bold")
-    axes.set(xlabel="training steps", ylabel=label, xlim=(0, steps * 1.02))
-    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda step, _: f"{step:,.0f}"))
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.grid(alpha=0.25)
-    if break_away is not None:
-        axes.axvline(break_away, color="#777777", linestyle=":", label=f"break-away: step {break_away:,}")
-    return figure, axes
-
-
-def _png(figure: Figure, axes: Axes) -> bytes:
-    """The finished figure, its legend below the axes, where no curve runs through it."""
-    if axes.get_legend_handles_labels()[0]:
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
-
-
-def _perplexity(runs: Sequence[Run], corpus: str, teacher: Record | None, break_away: int | None) -> bytes:
-    steps = max(run.facts.steps for run in runs)
-    figure, axes = _axes(f"Validation perplexity on {corpus}", "perplexity", steps, break_away)
-    axes.set_yscale("log")
-    drawn: list[float] = []
-    for index, run in enumerate(runs):
-        curve = run.curve(corpus)
-        points = [(step, value) for step, value in curve if savings.usable(value)]
-        at, values = [step for step, _ in points], [value for _, value in points]
-        style = ("-", "--", ":")[index // len(COLOURS) % 3]
-        label = f"{_plain(run.name)}: {number(savings.final(curve))}"
-        marker = "o" if len(points) <= 40 else None
-        axes.plot(at, values, style, color=COLOURS[index % len(COLOURS)], marker=marker, markersize=3, label=label)
-        drawn += values
-    if teacher and savings.usable(teacher["perplexity"] or 0):
-        label = f"teacher {_plain(teacher['model'])}: {number(teacher['perplexity'])}"
-        axes.axhline(teacher["perplexity"], color=TEACHER, linewidth=1.2, linestyle="--", label=label)
-        drawn.append(teacher["perplexity"])
-    spread = max(drawn) / min(drawn) if drawn else 1.0
-    axes.yaxis.set_major_locator(MaxNLocator(6) if spread < 6 else LogLocator(subs=(1, 2, 5)))
-    axes.yaxis.set_minor_locator(NullLocator())
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.6g}"))
-    return _png(figure, axes)
-
-
-def _alpha(run: Run) -> bytes:
-    figure, axes = _axes(f"Weight of the teacher in {run.name}", "alpha", run.facts.steps, run.facts.break_away)
-    alphas = np.array([row.alpha for row in run.history], dtype=float)  # None becomes NaN
-    axes.plot([row.step for row in run.history], alphas, color=COLOURS[0])
-    axes.set_ylim(-0.03, 1.05)
-    return _png(figure, axes)
-
-
-def _losses(run: Run) -> bytes:
-    """CE and KL in training: every step, thin, and a moving average."""
-    figure, axes = _axes(f"Training losses of {run.name}", "nats per target", run.facts.steps, run.facts.break_away)
-    steps = np.array([row.step for row in run.history])
-    for colour, label, key in ((COLOURS[0], "CE with the text", "ce"), (TEACHER, "KL from the teacher", "kl")):
-        values = np.array([getattr(row, key) for row in run.history], dtype=float)
-        known = np.isfinite(values)
-        if not known.any():
-            continue
-        window = np.ones(min(max(1, len(values) // 20), 500))
-        sums, counts = (np.convolve(part, window, "same") for part in (np.where(known, values, 0.0), known))
-        average = np.where(known, sums / np.maximum(counts, 1), np.nan)
-        axes.plot(steps, np.where(known, values, np.nan), color=colour, linewidth=0.6, alpha=0.4)
-        axes.plot(steps, average, color=colour, linewidth=1.6, label=label)
-    return _png(figure, axes)
+# ----------------------------------------------------------------------------------------------------------- sections
 
 
 def _sections(experiment: Experiment, summary: Record, runs: dict[str, Run]) -> Iterator[Record]:
-    """The report's sections: a heading, plain words, and figures by file name."""
+    """The report's sections: a heading, plain words, and figures by file name; one for each baseline."""
     if runs and not experiment.compare:
         corpora = dict.fromkeys(corpus for run in runs.values() for corpus in run.corpora())
         evaluated = {corpus: [run for run in runs.values() if corpus in run.corpora()] for corpus in corpora}
-        figures = [
-            (f"perplexity-{corpus}", _perplexity(those, corpus, None, None)) for corpus, those in evaluated.items()
-        ]
-        yield {"title": "Curves", "lines": [], "figures": figures}
-    for pair in dict.fromkeys(experiment.compare):
-        student, baseline = runs[pair.student], runs[pair.baseline]
-        names = (student.name, baseline.name)
-        found = [record for record in summary["comparisons"] if (record["student"], record["baseline"]) == names]
-        figures = []
-        for corpus, teacher in ((record["corpus"], record["final"]["teacher"]) for record in found):
-            figure = _perplexity([student, baseline], corpus, teacher, student.facts.break_away)
-            figures.append((f"perplexity-{student.name}-{corpus}", figure))
-        figures += [(f"alpha-{student.name}", _alpha(student)), (f"losses-{student.name}", _losses(student))]
-        lines = words({**summary, "comparisons": found})
-        yield {"title": f"{student.name} against {baseline.name}", "lines": lines, "figures": figures}
+        drawn = [(f"perplexity-{corpus}", figures.perplexity(those, corpus)) for corpus, those in evaluated.items()]
+        yield {"title": "Curves", "lines": [], "figures": drawn}
+    for baseline in dict.fromkeys(pair.baseline for pair in experiment.compare):
+        found = [record for record in summary["comparisons"] if record["baseline"] == baseline]
+        drawn = []
+        for corpus in dict.fromkeys(record["corpus"] for record in found):
+            here = [record for record in found if record["corpus"] == corpus]
+            shown = [*(runs[record["student"]] for record in here), runs[baseline]]
+            teachers = [record["final"]["teacher"] for record in here if record["final"]["teacher"]]
+            drawn.append((f"perplexity-{baseline}-{corpus}", figures.perplexity(shown, corpus, teachers)))
+        students = list(dict.fromkeys(record["student"] for record in found))
+        for student in students:
+            drawn += [(f"alpha-{student}", figures.alpha(runs[student]))]
+            drawn += [(f"losses-{student}", figures.losses(runs[student]))]
+        lines = comparisons(found, summary["models"])
+        yield {"title": f"{', '.join(students)} against {baseline}", "lines": lines, "figures": drawn}
 
 
 # --------------------------------------------------------------------------------------------------------------- HTML
@@ -226,6 +212,8 @@ th:first-child, td:first-child { text-align: left }
 </style>
 <h1>{{ experiment.name }}</h1>
 <p>{{ experiment.objective }}, sequences of {{ count(experiment.sequence_length) }} tokens</p>
+{% for line in warnings %}<p><strong>{{ line }}</strong></p>
+{% endfor %}
 {% for section in sections %}
 <h2>{{ section.title }}</h2>
 {% for line in section.lines %}<p>{{ line }}</p>
@@ -240,22 +228,70 @@ th:first-child, td:first-child { text-align: left }
 <tr><th>model<th>parameters<th>steps{% for corpus in corpora %}<th>perplexity on {{ corpus }}{% endfor %}</tr>
 {% for model, record in models.items() %}
 <tr><td>{{ model }}<td>{{ count(record.parameters) }}<td>{{ count(record.steps) }}
-{%- for corpus in corpora %}<td>{{ number(record.perplexities[corpus]) if corpus in record.perplexities else "–" }}
-{%- endfor %}</tr>
+{%- for corpus in corpora %}<td>{{ cell(model, record.perplexities, corpus) }}{% endfor %}</tr>
 {% endfor %}
 </table></div>
+{% for corpus, size in validation.items() %}
+<p>The validation part of {{ corpus }} has {{ count(size.sequences) }} sequences, {{ count(size.rows) }} rows.</p>
+{% endfor %}
+{% if provenance %}
+<h2>How they were made</h2>
+<div class="scroll"><table>
+<tr><th>{% for model in provenance[0][1] %}<th>{{ model }}{% endfor %}</tr>
+{% for label, values in provenance %}
+<tr><td>{{ label }}{% for value in values.values() %}<td>{{ value }}{% endfor %}</tr>
+{% endfor %}
+</table></div>
+{% endif %}
 </html>
 """
 
 
+def _provenance(models: Record) -> list[tuple[str, dict[str, str]]]:
+    """What the page says of how each trained model was made: a row a property."""
+
+    def rows(record: Record) -> dict[str, Any]:
+        training, inherit = record["training"], record["inherit"] or {}
+        kept = " ".join(f"{key} {inherit[key]}" for key in ("k", "p", "draws") if inherit.get(key) is not None)
+        seconds, rate = training["seconds"], training["tokens_per_second"]
+        return {
+            "optimizer, learning rate": f"{training['optimizer']}, {training['learning_rate']:g}",
+            "batch": f"{record['batch_size']:,} × {record['sequence_length']:,} tokens",
+            "tokens": f"{training['tokens']:,}",
+            "seed": training["seed"],
+            "τ": inherit.get("temperature"),
+            "K, selection": f"{inherit['select']}, {kept}" if inherit else None,
+            "schedule, steps taught": f"{inherit['schedule']}, {inherit['teacher_steps']:,}" if inherit else None,
+            "precision": training["precision"],
+            "ranks, device": f"{training['ranks']} × {training['device']}" if training["ranks"] else None,
+            "time in steps": None if seconds is None else duration(seconds),
+            "tokens a second": None if rate is None else f"{rate:,.0f}",
+            "versions": ", ".join(f"{name} {version}" for name, version in training["versions"].items()),
+        }
+
+    found = {name: rows(record) for name, record in models.items() if record["training"]}
+    labels = next(iter(found.values()), {})
+    return [
+        (label, {name: "–" if of[label] is None else str(of[label]) for name, of in found.items()}) for label in labels
+    ]
+
+
 def _html(experiment: Experiment, summary: Record, sections: list[Record]) -> str:
+    def cell(model: str, perplexities: Record, corpus: str) -> str:
+        if corpus in perplexities:
+            return number(perplexities[corpus])
+        return "unknown" if corpus in (experiment.models[model].targets or ()) else "–"
+
     template = jinja2.Environment(autoescape=True).from_string(TEMPLATE)
     return template.render(
         experiment=experiment,
         sections=sections,
         models=summary["models"],
+        warnings=warnings(summary),
+        validation=summary["validation"],
+        provenance=_provenance(summary["models"]),
         corpora=list(dict.fromkeys(name for model in summary["models"].values() for name in model["perplexities"])),
-        number=number,
+        cell=cell,
         count=lambda value: "–" if value is None else f"{value:,}",
         inline=lambda image: base64.b64encode(image).decode("ascii"),
     )
@@ -269,14 +305,22 @@ def report(experiment: Experiment, workdir: Path) -> Path:
     """
     trained = [name for name in experiment.models if all(path.exists() for path in _files(workdir, name))]
     runs = {name: _read_run(workdir, name) for name in trained}
-    models = {name: _model(workdir, name, runs.get(name)) for name in experiment.models}
-    comparisons = list(_compared(experiment, workdir, runs, models))
-    shown = {name: model for name, model in models.items() if name in runs or model["perplexities"]}
-    if not shown:
+    models = {name: _model(experiment, workdir, name, runs.get(name)) for name in experiment.models}
+    compared = list(_compared(experiment, workdir, runs, models))
+    known = [name for name, model in models.items() if name in runs or model["perplexities"]]
+    shown = {name: models[name] for name in models if name in known or experiment.models[name].targets}
+    if not known:
         raise UserError(
             f"{workdir}: no model of {experiment.name} was trained or evaluated here; use `ki-ds run` first"
         )
-    summary: Record = {"experiment": experiment.name, "models": shown, "comparisons": comparisons}
+    validation = {
+        corpus: {"sequences": result.sequences, "rows": result.rows}
+        for name in known
+        for corpus, result in _results(workdir, name).items()
+    }
+    summary: Record = {
+        "experiment": experiment.name, "models": shown, "validation": validation, "comparisons": compared,
+    }  # fmt: skip
     sections = list(_sections(experiment, summary, runs))
     folder = workdir / "report"
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,9 @@ class TeacherCost(Recorded):
     """A teacher's part in a student's step."""
 
     model: str
-    flops_per_sequence: float = Field(ge=0, allow_inf_nan=False, description="one forward pass")
+    flops_per_sequence: float | None = Field(
+        ge=0, allow_inf_nan=False, description="one forward pass; null, formerly 0: predictions made elsewhere"
+    )
     share: float = Field(ge=0, le=1, description="of the sequences of a step, those of this corpus")
 
 
@@ -46,6 +48,10 @@ class Facts(Recorded):
     flops_per_step: float = Field(gt=0, allow_inf_nan=False, description="forward and backward")
     teacher_steps: int = Field(0, ge=0, description="steps with alpha > 0")
     teachers: dict[str, TeacherCost] = Field({}, description="by corpus")
+    precision: str | None = None
+    ranks: int | None = None
+    device: str | None = None
+    diverged: dict[str, dict[str, float | None]] = Field({}, description="by corpus, as training/divergence.py says")
 
     @property
     def break_away(self) -> int | None:
@@ -53,14 +59,15 @@ class Facts(Recorded):
         return self.teacher_steps if 0 < self.teacher_steps < self.steps else None
 
 
-class Step(Recorded):
-    """A line of metrics.jsonl; a value that was not finite may be null or NaN."""
+@dataclass(frozen=True)
+class Step:
+    """What is read of a line of metrics.jsonl; a value that was not finite may be None or NaN."""
 
-    step: int = Field(gt=0)
+    step: int
     ce: float | None = None
     kl: float | None = None
     alpha: float | None = None
-    validation: dict[str, float | None] = Field(default_factory=dict)
+    validation: dict[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -69,7 +76,9 @@ class Run:
 
     name: str
     facts: Facts
-    history: tuple[Step, ...]
+    history: tuple[Step, ...]  # from step 1 on
+    initial: dict[str, float | None] = field(default_factory=dict)  # perplexities before the first step
+    seconds: float | None = None  # in its steps
 
     def corpora(self) -> list[str]:
         """The corpora it was evaluated on, in the order of their first appearance."""
@@ -84,9 +93,13 @@ class Run:
         """FLOPs of its first steps."""
         return steps * self.facts.flops_per_step
 
-    def teacher_flops(self, steps: float) -> float:
-        """FLOPs of its teachers' inference in its first steps, while alpha is above zero."""
-        sequence = sum(teacher.share * teacher.flops_per_sequence for teacher in self.facts.teachers.values())
+    def teacher_flops(self, steps: float) -> float | None:
+        """FLOPs of its teachers' inference in its first steps, while alpha is above zero; None: one's are unknown."""
+        sequence = 0.0
+        for teacher in self.facts.teachers.values():
+            if not teacher.flops_per_sequence:
+                return None
+            sequence += teacher.share * teacher.flops_per_sequence
         return min(steps, self.facts.teacher_steps) * self.facts.batch_size * sequence
 
 
@@ -151,8 +164,8 @@ def _saving(student: Run, step: float | None, baseline: Run, needed: float) -> R
     keys = ("steps_saved", "flops_saved", "flops_saved_with_teacher")
     if step is None:
         return dict.fromkeys(keys)
-    own, reference = student.flops(step), baseline.flops(needed)
-    spent = (step / needed, own / reference, (own + student.teacher_flops(step)) / reference)
+    own, reference, taught = student.flops(step), baseline.flops(needed), student.teacher_flops(step)
+    spent = (step / needed, own / reference, math.nan if taught is None else (own + taught) / reference)
     return {key: finite(1 - part) for key, part in zip(keys, spent, strict=True)}
 
 
@@ -186,7 +199,8 @@ def break_away(student: Run, baseline: Run, corpus: str) -> Record | None:
 def end(student: Run, baseline: Run, corpus: str) -> Record | None:
     """What is saved when the student is as good as the baseline at its end; None if that end is not finite.
 
-    A lower bound where the student was there by its first evaluation.
+    A lower bound where the student was there by its first evaluation. Where it never is, `baseline_step` is where
+    the baseline was as good as the student at its end.
     """
     target = final(baseline.curve(corpus))
     if target is None:
@@ -196,100 +210,59 @@ def end(student: Run, baseline: Run, corpus: str) -> Record | None:
     return {
         "student_step": reached,
         "baseline_steps": total,
+        "baseline_step": first_step_reaching(baseline.curve(corpus), curve[-1][1]) if reached is None else None,
         **_saving(student, reached, baseline, total),
         "lower_bound": _from_the_start(curve, reached),
         "upper_bound": False,
     }
 
 
-def compare(student: Run, baseline: Run, corpus: str, teacher: Record | None) -> Record:
-    """The record of a comparison on one corpus; `teacher` is the student's there: {"model", "perplexity"}."""
+def teacher_passed(baseline: Run, corpus: str, teacher: Record | None) -> float | None:
+    """Where the baseline becomes as good as a teacher that is worse than the baseline at its end; else None."""
+    curve, known = baseline.curve(corpus), teacher["perplexity"] if teacher else None
+    at_end = final(curve)
+    return first_step_reaching(curve, known) if known and at_end and at_end < known else None
+
+
+def difference(student_T: np.ndarray, baseline_T: np.ndarray, rows: int) -> Record:
+    """What two models differ by on one validation part, in nats a row, student − baseline, and how sure that is.
+
+    Sequences are taken as independent, and compared pair by pair: what is hard for both does not count.
+
+    Args:
+        student_T, baseline_T: the cross-entropy of each sequence, a sum over its rows.
+        rows: of all sequences.
+    """
+    sequences, apart_T = len(student_T), (student_T - baseline_T) * len(student_T) / rows
+    error = float(apart_T.std(ddof=1)) / math.sqrt(sequences) if sequences > 1 else None
+    return {"nats": finite(float(apart_T.mean())), "standard_error": finite(error)}
+
+
+def compare(
+    student: Run,
+    baseline: Run,
+    corpus: str,
+    ends: tuple[float | None, float | None],
+    teacher: Record | None,
+    apart: Record | None,
+) -> Record:
+    """The record of a comparison on one corpus.
+
+    Args:
+        ends: the perplexities of student and baseline in the end.
+        teacher: the student's there, {"model", "perplexity"}.
+        apart: `difference`, where it is known.
+    """
     mine, theirs = student.curve(corpus), baseline.curve(corpus)
     return {
         "student": student.name,
         "baseline": baseline.name,
         "corpus": corpus,
-        "final": {"student": final(mine), "baseline": final(theirs), "teacher": teacher},
+        "final": {"student": ends[0], "baseline": ends[1], "teacher": teacher},
+        "difference": apart,
         "break_away": break_away(student, baseline, corpus),
         "end": end(student, baseline, corpus),
         "ahead_from": ahead_from(mine, theirs),
+        "behind_from": ahead_from(theirs, mine),
+        "teacher_passed": teacher_passed(baseline, corpus, teacher),
     }
-
-
-def number(value: float | None) -> str:
-    """A perplexity for people."""
-    if value is None:
-        return "no finite value"
-    return f"{value:.3g}" if value >= 1e6 else f"{value:,.1f}" if value >= 100 else f"{value:.2f}"
-
-
-def _share(record: Record, key: str, unit: str) -> str:
-    """`26.7 % of its steps saved`, or `at least 5.0 % more steps`."""
-    value = record[key]
-    if value is None:
-        return f"an unknown share of its {unit}"
-    bounded = record["lower_bound"] or record["upper_bound"]
-    bound = ("at least " if record["lower_bound"] == (value >= 0) else "at most ") if bounded else ""
-    return f"{bound}{abs(value) * 100:.1f} % {f'of its {unit} saved' if value >= 0 else f'more {unit}'}"
-
-
-def _shares(record: Record) -> str:
-    steps, flops = _share(record, "steps_saved", "steps"), _share(record, "flops_saved", "FLOPs")
-    taught = _share(record, "flops_saved_with_teacher", "FLOPs")
-    return f"{steps}, {flops} ({taught} with the teacher's inference counted)."
-
-
-def _finals(record: Record, models: Record) -> str:
-    def model(role: str) -> str:
-        teachers = " and ".join(dict.fromkeys(models[record[role]]["teachers"].values()))
-        return f"{record[role]} ({f'inherits from {teachers}' if teachers else 'learns alone'})"
-
-    mine, theirs, teacher = record["final"]["student"], record["final"]["baseline"], record["final"]["teacher"]
-    line = f"{model('student')} ends at perplexity {number(mine)} on {record['corpus']}"
-    line += f"; {model('baseline')} at {number(theirs)}"
-    line += f"; its teacher {teacher['model']} at {number(teacher['perplexity'])}." if teacher else "."
-    if not mine or not theirs:
-        return line
-    change = f"{abs(mine / theirs - 1) * 100:.1f} %"
-    verdict = "as well" if mine == theirs else f"better, {change} lower" if mine < theirs else f"worse, {change} higher"
-    return f"{line} The student ends {verdict}."
-
-
-def _at_break_away(record: Record, models: Record) -> str:
-    found, baseline = record["break_away"], record["baseline"]
-    if found is None:
-        return "There is no break-away: alpha does not fall from above zero to zero within the student's run."
-    place = f"At break-away (step {found['step']:,}, where alpha reaches zero) the student"
-    if found["student_perplexity"] is None:
-        return f"{place} has no evaluation on both sides, so the saving there is unknown."
-    place += f" is at {number(found['student_perplexity'])}; {baseline}"
-    if found["lower_bound"]:
-        return f"{place} does not reach it within its {models[baseline]['steps']:,} steps: {_shares(found)}"
-    first = " at most, its first evaluation" if found["upper_bound"] else ""
-    return f"{place} needs {found['baseline_step']:,.0f} steps for that{first}: {_shares(found)}"
-
-
-def _at_end(record: Record, models: Record) -> str:
-    found, target = record["end"], f"{record['baseline']}'s final perplexity"
-    if found is None:
-        return f"{target} is not finite."
-    if found["student_step"] is None:
-        return f"The student does not reach {target} within its {models[record['student']]['steps']:,} steps."
-    first = ", its first evaluation" if found["lower_bound"] else ""
-    place = f"{found['student_step']:,.0f}{first}, where the baseline takes {found['baseline_steps']:,}"
-    return f"The student reaches {target} at step {place}: {_shares(found)}"
-
-
-def _describe(record: Record, models: Record) -> list[str]:
-    since = record["ahead_from"]
-    ahead = f"From step {since:,} on it is ahead at every evaluation." if since else "It does not stay ahead."
-    lines = [f"{_finals(record, models)} {ahead}", _at_break_away(record, models), _at_end(record, models)]
-    keys = ("steps", "batch_size", "sequence_length")
-    if any(models[record["student"]][key] != models[record["baseline"]][key] for key in keys):
-        lines.append("The two differ in steps, batch size or sequence length: compare FLOPs rather than steps.")
-    return lines
-
-
-def words(summary: Record) -> list[str]:
-    """The comparisons of a summary in plain words, a sentence or two a line."""
-    return [line for record in summary["comparisons"] for line in _describe(record, summary["models"])]

@@ -41,7 +41,7 @@ class Report(Stage):
         report(space.experiment, space.root)
 
     def conclusion(self, space: Workspace) -> list[str]:
-        from ki_ds.report.savings import words
+        from ki_ds.report.words import words
 
         folder = space.root / self.folder
         summary = json.loads((folder / "summary.json").read_text())

@@ -100,8 +100,8 @@ class Records:
             "corpora": {name: means._asdict() for name, means in result.corpora.items()},
             "learning_rate": result.learning_rate, "gradient_norm": result.gradient_norm, "applied": result.applied,
             "loss_scale": result.loss_scale, "skipped": result.skipped, "step": result.done,
-            "tokens": result.done * tokens, "seconds": self.seconds, "alpha": result.alpha, "tokens_per_second": tokens / self.step_s,
-            "reading_seconds": self.reading_s + self.loader.reading_s,
+            "tokens": result.done * tokens, "seconds": self.seconds, "alpha": result.alpha,
+            "tokens_per_second": tokens / self.step_s, "reading_seconds": self.reading_s + self.loader.reading_s,
             "waited_seconds": self.waited_s + self.loader.waited_s,
         }  # fmt: skip
         return found if perplexity is None else found | {"validation": perplexity}

@@ -1,116 +1,22 @@
-"""The report of a work directory: what is written, what it says, and what is refused."""
+"""The report of a work directory: what is written, and what is refused."""
 
-import base64
-import json
 import math
 import os
 import re
-from html.parser import HTMLParser
 
 import matplotlib.image
 import pytest
+from helpers.reports import CURVES, STEPS, Page, make_experiment, read_summary, write_model, write_result
 
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import Experiment
-from ki_ds.report.page import report, words
-
-STEPS = 16
-CURVES = {"small": 255.125, "large": 240.75, "student-v1.0": 183.25}
-
-
-def make_experiment(compare=(("student-v1.0", "large"),), models=tuple(CURVES)):
-    train = {"on": {"docs": 1.0}, "steps": STEPS, "batch_size": 4, "learning_rate": 1e-3}
-    return Experiment.model_validate(
-        {
-            "name": "demo",
-            "objective": "mlm",
-            "sequence_length": 128,
-            "tokenizer": {"pretrained": "somewhere"},
-            "corpora": {"docs": {"sources": [{"text": "docs.txt"}]}},
-            "models": {
-                **{name: {"architecture": "tiny", "train": train} for name in models},
-                "given": {"pretrained": "elsewhere"},
-            },
-            "compare": [{"student": student, "baseline": baseline} for student, baseline in compare],
-        }
-    )
-
-
-def write_model(workdir, name, last, teacher_steps=0, every=4, corpora=("docs",), teacher="small", alpha=None):
-    folder = workdir / "models" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = []
-    for step in range(1, STEPS + 1):
-        a = alpha if alpha is not None else max(1 - (step - 1) / teacher_steps, 0.0) if teacher_steps else 0.0
-        row = {"step": step, "tokens": step * 512, "seconds": 0.5, "loss": 5.0, "ce": 6 - step / 10, "alpha": a}
-        row["kl"] = 1.5 if a else None
-        if step % every == 0:
-            row["validation"] = dict.fromkeys(corpora, last * 2 ** ((STEPS - step) / 4))
-        lines.append(json.dumps(row))
-    (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    teachers = {corpora[0]: {"model": teacher, "flops_per_sequence": 10.0, "share": 1.0}} if teacher_steps else {}
-    facts = {
-        "parameters": 3_456_789,
-        "steps": STEPS,
-        "batch_size": 4,
-        "sequence_length": 128,
-        "flops_per_step": 1000.0,
-        "teacher_steps": teacher_steps,
-        "teachers": teachers,
-        "more": 1,
-    }
-    (folder / "manifest.json").write_text(json.dumps({"stage": "train", "facts": facts}))
-
-
-def write_result(workdir, name, perplexity, corpus="docs"):
-    folder = workdir / "results" / name
-    folder.mkdir(parents=True, exist_ok=True)
-    result = {"model": name, "corpora": {corpus: {"perplexity": perplexity, "nats": 5.0, "targets": 100}}}
-    (folder / "perplexity.json").write_text(json.dumps(result))
-
-
-@pytest.fixture
-def workdir(tmp_path):
-    for name, last in CURVES.items():
-        write_model(tmp_path, name, last, teacher_steps=8 if name == "student-v1.0" else 0)
-        write_result(tmp_path, name, last)
-    return tmp_path
-
-
-def read_summary(workdir):
-    def refuse(constant):
-        raise ValueError(constant)
-
-    return json.loads((workdir / "report" / "summary.json").read_text(), parse_constant=refuse)
-
-
-class Page(HTMLParser):
-    """The tags, attributes and text of a page."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.tags, self.attributes, self.text = [], [], ""
-        self.feed(path.read_text(encoding="utf-8"))
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        self.text += data
-
-    def images(self):
-        return [
-            base64.b64decode(value.removeprefix("data:image/png;base64,"), validate=True)
-            for name, value in self.attributes
-            if name == "src"
-        ]
+from ki_ds.report.page import report
+from ki_ds.report.words import words
 
 
 def test_files_of_a_comparison(workdir):
     path = report(make_experiment(), workdir)
     assert path == workdir / "report" / "report.html"
-    figures = {"perplexity-student-v1.0-docs.png", "alpha-student-v1.0.png", "losses-student-v1.0.png"}
+    figures = {"perplexity-large-docs.png", "alpha-student-v1.0.png", "losses-student-v1.0.png"}
     assert set(os.listdir(path.parent)) == {"report.html", "summary.json", *figures}
     files = [(path.parent / figure).read_bytes() for figure in figures]
     assert sorted(Page(path).images()) == sorted(files)
@@ -172,11 +78,15 @@ def test_hostile_names_are_escaped_and_stay_in_the_folder(workdir):
 
 
 def test_figures_of_the_same_name_do_not_overwrite_each_other(workdir):
-    experiment = make_experiment([("student-v1.0", "large"), ("student-v1.0", "small")])
+    for name, corpus in (("large", "a-docs"), ("large-a", "docs")):
+        write_model(workdir, name, 240.75, corpora=("docs", corpus))
+    write_model(workdir, "student-v1.0", 183.25, 8, corpora=("docs", "a-docs"))
+    write_model(workdir, "small", 183.25, 8)
+    experiment = make_experiment([("student-v1.0", "large"), ("small", "large-a")], (*CURVES, "large-a"))
     path = report(experiment, workdir)
-    names = sorted(name for name in os.listdir(path.parent) if name.startswith("perplexity"))
-    assert names == ["perplexity-student-v1.0-docs-2.png", "perplexity-student-v1.0-docs.png"]
-    assert len(read_summary(workdir)["comparisons"]) == 2
+    names = sorted(name for name in os.listdir(path.parent) if name.startswith("perplexity-large-a"))
+    assert names == ["perplexity-large-a-docs-2.png", "perplexity-large-a-docs.png"]
+    assert len(read_summary(workdir)["comparisons"]) == 3
 
 
 def test_without_comparisons_all_models_share_a_figure(workdir):
@@ -192,6 +102,10 @@ def test_without_comparisons_all_models_share_a_figure(workdir):
         "sequence_length": None,
         "teachers": {},
         "perplexities": {"docs": 99.5},
+        "initial_perplexities": {},
+        "diverged": {},
+        "training": None,
+        "inherit": None,
     }
     assert "99.50" in Page(path).text
 
@@ -230,7 +144,7 @@ def test_alpha_that_never_reaches_zero(workdir):
 @pytest.mark.parametrize("whole", [False, True])
 def test_perplexities_that_are_not_finite(workdir, value, whole):
     metrics = workdir / "models" / "large" / "metrics.jsonl"
-    pattern = r'"docs": [\d.]+' if whole else r'"docs": 240.75'
+    pattern = r'"docs": [\d.]+(?=}})' if whole else r'"docs": 240.75'
     metrics.write_text(re.sub(pattern, f'"docs": {value}', metrics.read_text()))
     write_result(workdir, "large", float("inf"))
     path = report(make_experiment(), workdir)
@@ -241,12 +155,22 @@ def test_perplexities_that_are_not_finite(workdir, value, whole):
     assert "large (learns alone) at no finite value" in Page(path).text
 
 
-def test_steps_written_twice_by_a_resumed_run_count_once(workdir):
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda lines: [*lines[:10], *lines[8:]], r"metrics\.jsonl:11: found step 8, expected 10"),
+        (lambda lines: [*lines[:10], *lines[11:]], r"metrics\.jsonl:11: found step 11, expected 10"),
+        (
+            lambda lines: lines[:-3],
+            r"metrics\.jsonl: ends after line 14 with step 13; expected every step from 1 to 16",
+        ),
+    ],
+)
+def test_metrics_with_steps_missing_or_twice_are_not_shown(workdir, change, said):
     metrics = workdir / "models" / "large" / "metrics.jsonl"
-    lines = metrics.read_text().splitlines()
-    metrics.write_text("\n".join([*lines[:10], '{"step": 8, "validation": {"docs": 7.5}}', *lines[8:]]) + "\n")
-    report(make_experiment(), workdir)
-    assert read_summary(workdir)["comparisons"][0]["break_away"]["baseline_step"] < 8
+    metrics.write_text("".join(change(metrics.read_text().splitlines(keepends=True))))
+    with pytest.raises(UserError, match=said + r".*remove .*models/large and run `ki-ds run`: it trains it again"):
+        report(make_experiment(), workdir)
 
 
 def test_a_second_report_replaces_the_first(workdir):
@@ -284,15 +208,23 @@ def test_nothing_to_show(tmp_path):
 @pytest.mark.parametrize(
     ("file", "text", "said"),
     [
-        ("models/large/metrics.jsonl", '{"step": 1}\n{"step": ', r"metrics\.jsonl:2: not JSON"),
-        ("models/large/metrics.jsonl", '{"ce": 1.0}', r"metrics\.jsonl:1: step: missing"),
-        ("models/large/metrics.jsonl", "[]", r"metrics\.jsonl:1: "),
-        ("models/large/manifest.json", "{}", r"manifest\.json: facts: missing"),
-        ("models/large/manifest.json", "", r"manifest\.json: not JSON"),
+        ("models/large/metrics.jsonl", '{"step": 1}\n{"step": ', r"metrics\.jsonl:2: cut off"),
+        ("models/large/metrics.jsonl", '{"ce": 1.0}\n', r"metrics\.jsonl:1: step: missing"),
+        ("models/large/metrics.jsonl", b"\xff\n", r"metrics\.jsonl:1: not UTF-8"),
+        ("models/large/metrics.jsonl", "[" * 10**5 + "\n", r"metrics\.jsonl:1: nested too deep"),
+        ("models/large/manifest.json", "{}", r"manifest\.json: not a manifest"),
+        ("models/large/manifest.json", "", r"manifest\.json: cannot be read"),
+        ("results/large/perplexity.json", b'{"\xff": 1}', r"perplexity\.json: not JSON.*results/large and run"),
+        ("results/large/perplexity.json", "[" * 10**5, r"perplexity\.json: not JSON"),
+        (
+            "results/large/perplexity.json",
+            '{"corpora": {"docs": {"perplexity": "1"}}}',
+            r"perplexity\.json: corpora\.docs",
+        ),
         ("results/large/perplexity.json", '{"corpora": {"docs": 3}}', r"perplexity\.json: corpora\.docs"),
     ],
 )
 def test_damaged_files_are_named(workdir, file, text, said):
-    (workdir / file).write_text(text)
+    (workdir / file).write_bytes(text if isinstance(text, bytes) else text.encode())
     with pytest.raises(UserError, match=said):
         report(make_experiment(), workdir)

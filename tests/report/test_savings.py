@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ki_ds.report.savings import Facts, Run, Step, ahead_from, compare, final, first_step_reaching, perplexity_at, words
+from ki_ds.report import savings
+from ki_ds.report.savings import Facts, Run, Step, ahead_from, difference, final, first_step_reaching, perplexity_at
+from ki_ds.report.words import words
 
 TEACHERS = {
     "docs": {"model": "small", "flops_per_sequence": 0.2, "share": 0.5},
@@ -32,22 +35,27 @@ def make_student(curve, **settings):
     return make_run("student", curve, **{"flops_per_step": 3.0, "teachers": TEACHERS, **settings})
 
 
+def compare(student, baseline, teacher=None, apart=None):
+    ends = (final(student.curve("docs")), final(baseline.curve("docs")))
+    return savings.compare(student, baseline, "docs", ends, teacher, apart)
+
+
 def break_away(student, baseline):
-    return compare(student, baseline, "docs", None)["break_away"]
+    return compare(student, baseline)["break_away"]
 
 
 def end(student, baseline):
-    return compare(student, baseline, "docs", None)["end"]
+    return compare(student, baseline)["end"]
 
 
-def told(student, baseline, teacher=None):
+def told(student, baseline, teacher=None, apart=None):
     """The words on one comparison."""
-    sizes = {"parameters": 10, "batch_size": 4, "sequence_length": 8}
+    sizes = {"parameters": 10, "batch_size": 4, "sequence_length": 8, "diverged": {}, "perplexities": {}}
     models = {
         run.name: {**sizes, "steps": run.facts.steps, "teachers": {k: t.model for k, t in run.facts.teachers.items()}}
         for run in (student, baseline)
     }
-    return words({"models": models, "comparisons": [compare(student, baseline, "docs", teacher)]})
+    return words({"models": models, "comparisons": [compare(student, baseline, teacher, apart)]})
 
 
 # ------------------------------------------------------------------------------------------------------------- curves
@@ -180,7 +188,7 @@ def test_no_break_away_without_a_step_where_alpha_reaches_zero(teacher_steps):
 
 def test_baseline_that_diverged_has_no_end_to_reach():
     baseline = make_run("large", [*BASELINE[:2], (160, None)])
-    record = compare(make_student(STUDENT, teacher_steps=80), baseline, "docs", None)
+    record = compare(make_student(STUDENT, teacher_steps=80), baseline)
     assert record["end"] is None
     assert record["final"] == {"student": 50.0, "baseline": None, "teacher": None}
 
@@ -199,7 +207,7 @@ def test_scaling_both_perplexities_leaves_the_savings(mine, theirs, factor, data
             teacher_steps=taught,
         )
         baseline = make_run("large", [(10 * at, value * scale) for at, value in enumerate(theirs, 1)])
-        return compare(student, baseline, "docs", None)
+        return compare(student, baseline)
 
     plain, scaled = found(1.0), found(factor)
     assert plain["ahead_from"] == scaled["ahead_from"]
@@ -228,25 +236,80 @@ def test_words_of_a_better_student():
         "student (inherits from small) ends at perplexity 50.00 on docs; large (learns alone) at 100.0; its teacher "
         "small at 255.1. The student ends better, 50.0 % lower. From step 40 on it is ahead at every evaluation.",
         "At break-away (step 80, where alpha reaches zero) the student is at 100.0; large needs 160 steps for that: "
-        "50.0 % of its steps saved, 25.0 % of its FLOPs saved "
-        "(5.0 % of its FLOPs saved with the teacher's inference counted).",
+        "the student saves 50.0 % of the steps and 25.0 % of the FLOPs "
+        "(saves 5.0 % of the FLOPs with the teacher's inference counted).",
         "The student reaches large's final perplexity at step 80, where the baseline takes 160: "
-        "50.0 % of its steps saved, 25.0 % of its FLOPs saved "
-        "(5.0 % of its FLOPs saved with the teacher's inference counted).",
+        "the student saves 50.0 % of the steps and 25.0 % of the FLOPs "
+        "(saves 5.0 % of the FLOPs with the teacher's inference counted).",
+        "The teacher small is worse than large is from step 66 on: what it has to give, it gives early. Let alpha "
+        "reach zero by about then (inherit.teacher_steps), or take a better teacher.",
     ]
 
 
 def test_words_of_a_worse_student():
     lines = told(make_student(BASELINE, teacher_steps=80), make_run("large", STUDENT))
-    assert "The student ends worse, 100.0 % higher. It does not stay ahead." in lines[0]
-    assert "large needs 40 steps for that at most, its first evaluation: at least 100.0 % more steps" in lines[1]
-    assert lines[2] == "The student does not reach large's final perplexity within its 160 steps."
+    assert "The student ends worse, 100.0 % higher. From step 40 on it is behind at every evaluation." in lines[0]
+    assert "large needs 40 steps for that at most, its first evaluation: the student takes at least 100.0 %" in lines[1]
+    assert "100.0 % more steps and at least 200.0 % more FLOPs (takes at least 280.0 % more FLOPs with the" in lines[1]
+    assert lines[2] == (
+        "The student does not reach large's final perplexity within its 160 steps; large is as good as the student at "
+        "its end by step 80."
+    )
+
+
+def test_words_of_a_student_that_needs_fewer_steps_and_more_flops():
+    student = make_student([(40, 300.0), (150, 100.0)], teacher_steps=40)
+    line = told(student, make_run("large", BASELINE))[2]
+    assert "step 150, where the baseline takes 160: the student saves 6.2 % of the steps and takes 40.6 % more" in line
+
+
+def test_words_of_a_teacher_of_which_nothing_is_known():
+    """Its predictions were made elsewhere: neither its perplexity nor what they cost is zero, or infinite."""
+    teachers = {"docs": {"model": "small", "flops_per_sequence": None, "share": 1.0}}
+    for cost in (None, 0.0):  # as manifests said it formerly
+        teachers["docs"]["flops_per_sequence"] = cost
+        student = make_student(STUDENT, teacher_steps=80, teachers=teachers)
+        record, lines = (
+            of(student, make_run("large", BASELINE), {"model": "small", "perplexity": None}) for of in (compare, told)
+        )
+        assert record["end"]["flops_saved_with_teacher"] is None and record["end"]["flops_saved"] == 0.25
+        assert "its teacher small at unknown." in lines[0]
+        assert "(unknown with the teacher's inference counted: what that took is unknown)" in lines[1]
+
+
+def test_words_of_a_teacher_worse_than_the_baseline():
+    student, baseline = make_student(STUDENT, teacher_steps=80), make_run("large", BASELINE)
+    assert told(student, baseline, {"model": "small", "perplexity": 200.0})[-1].startswith(
+        "The teacher small is worse than large is from step 80 on"
+    )
+    assert not any("worse than large" in line for line in told(student, baseline, {"model": "small", "perplexity": 90}))
+
+
+def test_a_difference_is_taken_sequence_by_sequence():
+    """What makes a sequence hard for both models tells nothing of their difference."""
+    rng = np.random.default_rng(0)
+    hard, noise = rng.normal(300, 100, 50), rng.normal(0, 1, 50)
+    found = difference(hard - 2 + noise, hard, rows=50 * 10)
+    assert found["nats"] == pytest.approx((noise.mean() - 2) / 10)
+    assert found["standard_error"] == pytest.approx(noise.std(ddof=1) / 10 / math.sqrt(50))
+    assert difference(hard[:1], hard[:1] + 1, rows=10) == {"nats": -0.1, "standard_error": None}
+
+
+@pytest.mark.parametrize(
+    ("nats", "error", "warned"), [(0.1, 0.04, 0), (-0.1, 0.06, 1), (0.1, None, 1), (None, None, 0)]
+)
+def test_words_warn_of_a_validation_part_that_is_too_small(nats, error, warned):
+    apart = {"nats": nats, "standard_error": error}
+    lines = told(make_student(STUDENT, teacher_steps=80), make_run("large", BASELINE), None, apart)
+    assert sum("validation part of docs is too small to tell this difference" in line for line in lines) == warned
 
 
 def test_words_of_a_lower_bound():
     lines = told(make_student([(40, 90.0), (160, 50.0)], teacher_steps=40), make_run("large", BASELINE))
-    assert "large does not reach it within its 160 steps: at least 75.0 % of its steps saved" in lines[1]
-    assert "at step 40, its first evaluation, where the baseline takes 160: at least 75.0 % of its steps" in lines[2]
+    assert "large does not reach it within its 160 steps: the student saves at least 75.0 % of the steps" in lines[1]
+    assert (
+        "at step 40, its first evaluation, where the baseline takes 160: the student saves at least 75.0 %" in lines[2]
+    )
 
 
 def test_words_without_break_away_evaluations_or_finite_ends():
