@@ -71,7 +71,8 @@ def _finals(record: Record, models: Record) -> str:
     if not mine or not theirs:
         return line
     change = f"{abs(mine / theirs - 1) * 100:.1f} %"
-    verdict = "as well" if mine == theirs else f"better, {change} lower" if mine < theirs else f"worse, {change} higher"
+    higher = f"{change} higher" if mine < 10 * theirs else f"{mine / theirs:.3g} times as high"
+    verdict = "as well" if mine == theirs else f"better, {change} lower" if mine < theirs else f"worse, {higher}"
     return f"{line} The student ends {verdict}."
 
 

@@ -32,6 +32,7 @@ class Stage(ABC):
     help: ClassVar[str] = ""  # of that command, where this stage gives it
     launched: ClassVar[bool] = False  # runs on all ranks, under the launcher
     lasting: ClassVar[bool] = True  # sealed, and done once; else made anew by every run
+    remade: ClassVar[bool] = False  # seconds of work: made again by itself where its folder is of something else
 
     name: str
 
@@ -101,8 +102,11 @@ class Stage(ABC):
         """Check that its folder, where there is one, was made for this experiment.
 
         Raises:
-            UserError: naming the keys that differ.
+            UserError: naming the keys that differ, or the command that makes it again.
         """
+        if self.remade and self.state(space) == "other":
+            folder = space.root / self.folder
+            raise UserError(f"{folder}: made from something else. Run `ki-ds {self.command}`: it is made again.")
         if self.lasting and (space.root / self.folder / MANIFEST).exists():
             check_identity(space.root / self.folder, self.identity(space))
 

@@ -4,6 +4,8 @@ import shutil
 
 from helpers.documents import documentation
 from ki_ds.experiment.graph import load_experiment
+from ki_ds.models import architectures, hugging_face
+from ki_ds.sealed import Identity, seal
 from ki_ds.workspace import Workspace
 
 TRAIN = {"steps": 10, "batch_size": 8, "learning_rate": 5e-3, "dropout": 0.0}
@@ -124,3 +126,13 @@ def copy_without(work, to, *models):
     for name in models:
         shutil.rmtree(to / "models" / name)
     return to
+
+
+def put_model(space, seed, sealed=True):
+    """A model `t` that counts as trained."""
+    folder = space.root / "models" / "t"
+    shutil.rmtree(folder, ignore_errors=True)
+    config = architectures.configuration("gpt-tiny", "clm", space.tokenizer, 32, "models.t")
+    hugging_face.new_model(config, "clm", seed).save_pretrained(folder / "model")
+    if sealed:
+        seal(folder, Identity("train", {}, {}), {"content": f"weights of seed {seed}"})

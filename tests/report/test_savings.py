@@ -257,6 +257,11 @@ def test_words_of_a_worse_student():
     )
 
 
+def test_words_of_a_student_that_diverged():
+    lines = told(make_student([(40, 90.0), (160, 2.8e18)], teacher_steps=80), make_run("large", BASELINE))
+    assert "The student ends worse, 2.8e+16 times as high." in lines[0]
+
+
 def test_words_of_a_student_that_needs_fewer_steps_and_more_flops():
     student = make_student([(40, 300.0), (150, 100.0)], teacher_steps=40)
     line = told(student, make_run("large", BASELINE))[2]

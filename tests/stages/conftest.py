@@ -1,8 +1,9 @@
 """Whole runs under the real launcher, each made once for the tests that look at it."""
 
 import pytest
-from helpers.commands import ki_ds, write
-from helpers.pipelines import GRAPH, MASKED, SELECTIONS, STORED, TEXT
+from helpers.commands import here, ki_ds, write
+from helpers.experiments import written
+from helpers.pipelines import GRAPH, MASKED, SELECTIONS, STORED, TEXT, opened
 
 
 @pytest.fixture(scope="session")
@@ -35,3 +36,11 @@ def masked(tmp_path_factory):
     file = write(folder / "masked.json", MASKED)
     ki_ds("run", file, "--workdir", folder / "work")
     return file, folder / "work"
+
+
+@pytest.fixture
+def space(tmp_path):
+    """A work directory with a corpus, made without a rank."""
+    file = written(tmp_path, entries=200, models={"s": None})
+    here("corpus", file, "--workdir", tmp_path / "work")
+    return opened(file, tmp_path / "work")

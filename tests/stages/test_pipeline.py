@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from helpers import documented
 from helpers.commands import here, metrics
 from helpers.pipelines import (
     GRAPH,
@@ -99,6 +100,18 @@ def test_report_is_written_and_told(graph):
     assert json.dumps(summary).count('"g2"')
     assert str(work / "report" / "report.html") in output.splitlines()[-1]
     assert "g2" in output.split("all done")[1]
+
+
+def test_every_number_of_a_run_is_documented(graph):
+    _, work, _ = graph
+    for name in GRAPH["models"]:
+        lines = [json.loads(line) for line in (work / "models" / name / "metrics.jsonl").read_text().splitlines()]
+        assert not documented.compare("models/", lines)[0]
+        assert [line["step"] for line in lines] == list(range(GRAPH["models"][name]["train"]["steps"] + 1))
+        for line in lines[1:]:
+            rates = line["corpora"].values()
+            assert min(one["ce"] for one in rates) <= line["ce"] <= max(one["ce"] for one in rates)
+    assert not documented.compare("report/", [json.loads((work / "report" / "summary.json").read_text())])[0]
 
 
 def test_nothing_is_done_twice(graph):
