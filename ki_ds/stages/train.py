@@ -160,6 +160,7 @@ class Train(Stage):
         for file in sorted((folder / "model").glob("*.safetensors")):
             heartbeat.report(f"{self}: reading {file.name} once more")
             weights[file.name] = file_digest(file)
+        heartbeat.report(f"{self}: reading metrics.jsonl")
         measured = run_facts(read_metrics(folder / "metrics.jsonl", student.train.steps, partial(go_back, folder)))
         facts = {"content": digest(weights), **measured, **training_facts(space, student)}
         if measured["diverged"]:

@@ -143,12 +143,13 @@ def test_stored_teacher_teaches_in_another_experiment(stored, tmp_path):
     assert not (work / "targets").exists() and not (work / "results" / "t").exists()
     assert [line["kl"] is not None for line in metrics(work / "models" / "s")] == [True] * 3 + [False] * 2
     facts = json.loads((work / "models" / "s" / "manifest.json").read_text())["facts"]
-    assert facts["teachers"]["a"]["flops_per_sequence"] == 0
+    assert facts["teachers"]["a"]["flops_per_sequence"] is None
     assert (facts["skipped_steps"], facts["skipped_tries"], facts["loss_scale"]) == (0, 0, None)
     space = opened(stored, work)
     assert {stage.state(space) for stage in pipeline.stages(space.experiment)} == {"sealed"}
     summary = json.loads((work / "report" / "summary.json").read_text())
     assert summary["models"]["s"]["teachers"] == {"a": "t"}
+    assert "its teacher t at unknown." in (work / "report" / "report.html").read_text()
 
 
 def test_stored_teacher_of_another_seed_or_corpus_is_refused_at_the_first_record(stored, selections, tmp_path):
