@@ -46,6 +46,10 @@ Timeout = Annotated[float, typer.Option(min=0.05, help="minutes without progress
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")]
 Name = Annotated[str | None, typer.Option("--name", help="only this corpus, teacher@corpus or model")]
 
+TrustCheckpoints = Annotated[
+    bool, typer.Option("--trust-checkpoints", help="go on from checkpoints that another user wrote; they can run code")
+]
+
 
 def open_workspace(file: Path, scale: str | None, workdir: Path | None, settings: list[str] | None) -> Workspace:
     """An experiment file's experiment in its work directory.

@@ -23,6 +23,7 @@ from ki_ds.cli.options import (
     Scale,
     Set,
     Timeout,
+    TrustCheckpoints,
     Workdir,
     open_workspace,
     ranks_of,
@@ -44,6 +45,7 @@ def run_stages(
     file: Path, scale: str | None = None, workdir: Path | None = None, processes: int | None = None,
     hostfile: Path | None = None, settings: list[str] | None = None, launcher: str = "pdsh", launcher_args: str = "",
     restarts: int = 0, timeout: float = 10.0, only: str | None = None, name: str | None = None,
+    trust_checkpoints: bool = False,
 ) -> None:  # fmt: skip
     """Run the stages of an experiment: all, or those of the command `only`, or of these the one with a name.
 
@@ -56,6 +58,7 @@ def run_stages(
     arguments = [str(file.absolute()), "--workdir", str(space.root)]
     arguments += ["--scale", scale] if scale else []
     arguments += [part for setting in settings or () for part in ("--set", setting)]
+    arguments += ["--trust-checkpoints"] if trust_checkpoints else []
     control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
     launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
     check(launch)
@@ -71,12 +74,15 @@ def run_command(
     file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None, hostfile: Hostfile = None,
     only: Annotated[str | None, typer.Option(help=", ".join(commands()))] = None,
     settings: Set = None, launcher: Launcher = "pdsh", launcher_args: LauncherArgs = "", restarts: Restarts = 0,
-    timeout: Timeout = 10.0,
+    timeout: Timeout = 10.0, trust_checkpoints: TrustCheckpoints = False,
 ) -> None:  # fmt: skip
     """Run the whole experiment; what is sealed already is not done again, what was interrupted goes on."""
     if only is not None and only not in commands():
         raise UserError(f'--only: found "{only}"; allowed: {", ".join(commands())}')
-    run_stages(file, scale, workdir, processes, hostfile, settings, launcher, launcher_args, restarts, timeout, only)
+    run_stages(
+        file, scale, workdir, processes, hostfile, settings, launcher, launcher_args, restarts, timeout, only,
+        trust_checkpoints=trust_checkpoints,
+    )  # fmt: skip
 
 
 def stage_command(only: str) -> Callable[..., None]:
@@ -86,10 +92,12 @@ def stage_command(only: str) -> Callable[..., None]:
         file: File, scale: Scale = None, workdir: Workdir = None, processes: Processes = None,
         hostfile: Hostfile = None, name: Name = None, settings: Set = None, launcher: Launcher = "pdsh",
         launcher_args: LauncherArgs = "", restarts: Restarts = 0, timeout: Timeout = 10.0,
+        trust_checkpoints: TrustCheckpoints = False,
     ) -> None:  # fmt: skip
         run_stages(
-            file, scale, workdir, processes, hostfile, settings, launcher, launcher_args, restarts, timeout, only, name
-        )
+            file, scale, workdir, processes, hostfile, settings, launcher, launcher_args, restarts, timeout, only, name,
+            trust_checkpoints,
+        )  # fmt: skip
 
     return command
 
@@ -131,11 +139,13 @@ def worker(
     watch_input: Annotated[bool, typer.Option("--watch-input", hidden=True)] = False,
     control: Annotated[Path | None, typer.Option(hidden=True)] = None, timeout: Timeout = 10.0,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
+    trust_checkpoints: TrustCheckpoints = False,
 ) -> None:  # fmt: skip
     """One rank of launched stages; started by a launcher."""
     if watch_input:
         distributed.end_with_input()
     space = open_workspace(file, scale, workdir, settings)
+    space.trust_checkpoints = trust_checkpoints
     signs = control or space.root / ".control" / distributed.rendezvous()
     heartbeat.start(signs, distributed.rank(), distributed.world_size(), 60 * timeout, watched=control is not None)
     try:

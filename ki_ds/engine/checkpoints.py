@@ -8,7 +8,10 @@ the checkpoint before it is taken.
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +62,7 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
             "step": step, "state": state, "world_size": distributed.world_size(),
             "zero_stage": engine.zero_optimization_stage(), "groups": _groups(engine),
             "files": {name: size for one in files for name, size in one.items()},
+            "owner": {"uid": os.geteuid(), "host": socket.gethostname()},
         }  # fmt: skip
         write_atomically(here / RECORD, json.dumps(record, indent=1).encode())
         write_atomically(folder / "latest", tag.encode())  # for DeepSpeed's own tools
@@ -87,11 +91,14 @@ def _groups(engine: Any) -> list[dict[str, list[int]]]:
     return [{name: list(shape(p)) for name, p in group} for group in groups if group]
 
 
-def latest(folder: Path) -> Checkpoint | None:
+def latest(folder: Path, trusted: bool = False) -> Checkpoint | None:
     """The last whole checkpoint, the same on every rank; what is newer and not whole is removed.
 
+    Args:
+        trusted: whatever user wrote it.
+
     Raises:
-        UserError: there are checkpoints, but all are damaged.
+        UserError: there are checkpoints, but all are damaged; or the last is not this user's, and so not `trusted`.
     """
     found, problem = None, ""
     if distributed.rank() == 0:
@@ -109,7 +116,9 @@ def latest(folder: Path) -> Checkpoint | None:
         if damaged and found is None:
             lines = "; ".join(f"{here}: {why}" for here, why in damaged)
             problem = f"{lines}. No whole checkpoint is left: remove {folder} to begin again."
-        for here, _ in damaged if found else ():
+        if found and not trusted:
+            problem = _strange(found.folder)
+        for here, _ in damaged if found and not problem else ():
             shutil.rmtree(here)
         for left in folder.glob("universal-step-*"):  # of a conversion that was interrupted
             shutil.rmtree(left)
@@ -135,20 +144,41 @@ def _damage(here: Path) -> str:
     return ""
 
 
+def _strange(here: Path) -> str:
+    """Why a checkpoint may not be this user's; empty: it is. Loading it runs what its pickles say.
+
+    The record tells who wrote it, and can lie; the owner of a file cannot, but changes when it is copied. What this
+    user's files look like in this folder is tried out: some file systems give all files to one owner.
+    """
+    with tempfile.TemporaryFile(dir=here.parent) as probe:
+        own = os.fstat(probe.fileno()).st_uid
+    owner = json.loads((here / RECORD).read_bytes()).get("owner", {"uid": os.geteuid()})  # older ones do not say
+    what = ""
+    if not isinstance(owner, dict) or owner.get("uid") != os.geteuid():
+        what = f"its record says that it was written by {json.dumps(owner)}"
+    for file in (here, *here.rglob("*")):
+        if (theirs := file.stat().st_uid) != own:
+            what = f"{'it' if file == here else file.relative_to(here)} belongs to user {theirs}"
+    return what and (
+        f"{here}: {what}; this is user {os.geteuid()}. Checkpoints are pickles: going on from one runs whatever its "
+        "writer put into it. If you trust who wrote it, say --trust-checkpoints"
+    )
+
+
 def _read(here: Path) -> Checkpoint:
     record = json.loads((here / RECORD).read_bytes())
     zero_stage = record["zero_stage" if "zero_stage" in record else "stage"]  # as it once was called
     return Checkpoint(here, record["step"], record["state"], record["world_size"], zero_stage, record["groups"])
 
 
-def resume(engine: Any, folder: Path, state: dict[str, Any]) -> int:
+def resume(engine: Any, folder: Path, state: dict[str, Any], trusted: bool = False) -> int:
     """Load the last whole checkpoint: the number of steps done, 0 where there is none. With as many ranks and the ZeRO
     stage that it was made with, the run goes on to the last bit; else to rounding.
 
     Raises:
-        UserError: the checkpoint is damaged, or belongs to another run.
+        UserError: the checkpoint is damaged, belongs to another run, or is another user's and not `trusted`.
     """
-    found = latest(folder)
+    found = latest(folder, trusted)
     if found is None:
         return 0
     if found.state != state:

@@ -86,9 +86,9 @@ class Engine:
             numbers = {name: float(x) for name, x in flat.items() if isinstance(x, int | float)}
             monitor.write_events([(f"Train/{name}", x, samples) for name, x in numbers.items()])
 
-    def resume(self, folder: Path, state: dict[str, Any]) -> int:
+    def resume(self, folder: Path, state: dict[str, Any], trusted: bool) -> int:
         """Go on from the last whole checkpoint: the number of steps done, as `checkpoints.resume` says."""
-        return checkpoints.resume(self.deepspeed, folder, state)
+        return checkpoints.resume(self.deepspeed, folder, state, trusted)
 
     def save(self, folder: Path, step: int, keep: int, state: dict[str, Any]) -> None:
         """Write checkpoint `step`, as `checkpoints.save` says."""

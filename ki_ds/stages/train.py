@@ -140,7 +140,8 @@ class Train(Stage):
                 LanguageModel(loaded, space.tokenizer.size, student.place).to(device), student.train, layout,
                 space.engine_config,
             )  # fmt: skip
-        train(engine, student_data.loader(space, student, layout), run, folder, {"fingerprint": identity.fingerprint})
+        loader, state = student_data.loader(space, student, layout), {"fingerprint": identity.fingerprint}
+        train(engine, loader, run, folder, state, space.trust_checkpoints)
         with heartbeat.lengthy(f"{self}: writing the model"):
             engine.export(folder / "model")
         if distributed.rank() == 0:

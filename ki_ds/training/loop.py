@@ -27,12 +27,15 @@ from ki_ds.training.run import Checkpoints, TrainRun
 from ki_ds.training.validation import Validation
 
 
-def train(engine: Engine, loader: Loader, run: TrainRun, folder: Path, state: dict[str, Any]) -> None:
+def train(
+    engine: Engine, loader: Loader, run: TrainRun, folder: Path, state: dict[str, Any], trusted: bool = False
+) -> None:
     """Train to the last step, from the latest checkpoint where there is one; the loader is closed in the end.
 
     Args:
         folder: of the model: checkpoints, metrics.jsonl and TensorBoard are written to it.
         state: names the run in its checkpoints.
+        trusted: checkpoints are gone on from whoever wrote them.
 
     Raises:
         UserError: the loss is not finite for several steps, or at every loss scale of fp16; a target is damaged or
@@ -40,7 +43,7 @@ def train(engine: Engine, loader: Loader, run: TrainRun, folder: Path, state: di
         Stopped: a signal asked for it; a checkpoint is saved.
     """
     steps, label = run.train.steps, f"train {run.name}"
-    checkpoints = Checkpoints(folder / "checkpoints", run.train, state)
+    checkpoints = Checkpoints(folder / "checkpoints", run.train, state, trusted)
     validation = Validation(run, loader.layout.micro_batch_size)
     first, skipped = checkpoints.resume(engine), SkippedSteps(run)
     progress = Progress(label, steps, "steps", first, distributed.rank() == 0)

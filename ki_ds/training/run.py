@@ -49,17 +49,17 @@ class Every:
 class Checkpoints:
     """The checkpoints of a run; only one of a run in the same `state` is gone on from."""
 
-    def __init__(self, folder: Path, train: Train, state: dict[str, Any]):
-        self.folder, self.keep, self.state = folder, train.keep_checkpoints, state
+    def __init__(self, folder: Path, train: Train, state: dict[str, Any], trusted: bool):
+        self.folder, self.keep, self.state, self.trusted = folder, train.keep_checkpoints, state, trusted
         self.due = Every(train.checkpoint_steps, train.steps).due
 
     def resume(self, engine: Engine) -> int:
         """Go on from the last whole checkpoint: the number of steps done.
 
         Raises:
-            UserError: the checkpoint is damaged, or belongs to another run.
+            UserError: the checkpoint is damaged, belongs to another run, or is another user's and not trusted.
         """
-        return engine.resume(self.folder, self.state)
+        return engine.resume(self.folder, self.state, self.trusted)
 
     def save(self, engine: Engine, done: int) -> None:
         """Write the checkpoint after so many steps.

@@ -10,6 +10,7 @@ import pytest
 from helpers.commands import here, ki_ds, write
 from helpers.folders import forge
 
+from ki_ds.cli import run
 from ki_ds.cli.main import main
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
@@ -372,3 +373,19 @@ def test_demo_says_what_is_wrong_before_it_writes_its_text(tmp_path):
     assert "file: cannot be made: File exists" in here("demo", "--workdir", tmp_path / "file", code=2)
     said = here("demo", "--workdir", tmp_path / "new", "--set", "models.student.train.stepz=1", code=2)
     assert "stepz: unknown key" in said and not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "train"])
+@pytest.mark.parametrize("option", [[], ["--trust-checkpoints"]])
+def test_trust_in_checkpoints_reaches_the_ranks_and_the_engine(command, option, tmp_path, monkeypatch):
+    given, seen = write(tmp_path / "e.json", experiment()), []
+    monkeypatch.setattr(run, "run", lambda _space, launch, *_: seen.append(launch.arguments) or [])
+    monkeypatch.setattr(run, "_work", lambda space, *_: seen.append(space.trust_checkpoints))
+    monkeypatch.setattr(run, "_listen", lambda: None)
+    monkeypatch.setattr(run.heartbeat, "start", lambda *_, **__: None)
+    monkeypatch.setattr(run.heartbeat, "end", lambda *_: None)
+    with pytest.raises(SystemExit):
+        main([command, str(given), "--workdir", str(tmp_path / "w"), *option])
+    with pytest.raises(SystemExit):
+        main(["worker", "train", *seen.pop()])
+    assert seen == [bool(option)]

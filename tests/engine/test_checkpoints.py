@@ -4,6 +4,7 @@ import json
 import os
 import resource
 import signal
+import socket
 
 import pytest
 import torch
@@ -152,3 +153,44 @@ def test_an_exported_model_is_readable_as_the_umask_says(tmp_path):
         os.umask(before)
     modes = {file.name: file.stat().st_mode & 0o777 for file in (tmp_path / "model").iterdir()}
     assert "model.safetensors" in modes and {*modes.values()} == {0o640}
+
+
+def loaded(monkeypatch):
+    """Whether DeepSpeed has been asked to load anything."""
+    asked = []
+    monkeypatch.setattr(checkpoints, "_load", lambda _engine, found: asked.append(found.step))
+    return asked
+
+
+def test_a_checkpoint_whose_record_names_another_user_is_not_loaded_unasked(tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    record, engine, asked = (
+        tmp_path / "step-00000001" / checkpoints.RECORD,
+        new_engine(1).deepspeed,
+        loaded(monkeypatch),
+    )
+    said = json.loads(record.read_bytes())
+    assert said["owner"] == {"uid": os.geteuid(), "host": socket.gethostname()}
+    for owner in ({"uid": os.geteuid() + 1, "host": "elsewhere"}, {}, []):
+        record.write_text(json.dumps({**said, "owner": owner}))
+        with pytest.raises(UserError, match=r"step-00000001: its record says .*pickles.*--trust-checkpoints"):
+            checkpoints.resume(engine, tmp_path, {})
+    assert not asked
+    assert checkpoints.resume(engine, tmp_path, {}, trusted=True) == 1 == asked.pop()
+    del said["owner"]  # from before it was recorded
+    record.write_text(json.dumps(said))
+    assert checkpoints.resume(engine, tmp_path, {}) == 1 == asked.pop()
+
+
+@pytest.mark.root
+@pytest.mark.skipif(os.geteuid() != 0, reason="gives files away")
+@pytest.mark.parametrize("given", [".", checkpoints.RECORD, "*_optim_states.pt", "unlisted.pt"])
+def test_a_checkpoint_with_a_file_of_another_user_is_not_loaded_unasked(given, tmp_path, monkeypatch):
+    saved(tmp_path, 1)
+    here, asked = tmp_path / "step-00000001", loaded(monkeypatch)
+    (here / "unlisted.pt").touch()
+    os.chown(here if given == "." else next(here.glob(given)), 12_345, -1)
+    engine = new_engine(1).deepspeed
+    with pytest.raises(UserError, match=r"belongs to user 12345; this is user 0.*--trust-checkpoints"):
+        checkpoints.resume(engine, tmp_path, {})
+    assert not asked and checkpoints.resume(engine, tmp_path, {}, trusted=True) == 1
