@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -201,8 +202,8 @@ def check_identity(path: Path, identity: Identity) -> None:
         raise UserError(
             f"{path}: made from another experiment, corpus or configuration; "
             + "; ".join(differ)
-            + f". Choose another --workdir, put the old value back, or remove {path} to make it again."
-            + "".join(f" {note}" for note in notes)
+            + ". Choose another --workdir, put the old value back, or make it again: `ki-ds run --redo`, or remove the "
+            f"folder {path}." + "".join(f" {note}" for note in notes)
         )
 
 
@@ -237,6 +238,21 @@ def reopen(path: Path, identity: Identity, facts: dict[str, Any] | None = None) 
     if (path / MANIFEST).exists():
         write_atomically(path / UNSEALED, _pretty({**identity.record, "facts": facts or {}}))
         (path / MANIFEST).unlink()
+
+
+def aside(path: Path) -> Path:
+    """Where a folder waits until a new one in its place is sealed: a name that no stage has."""
+    return path.with_name(f".{path.name}.old")
+
+
+def set_aside(path: Path) -> None:
+    """Make way for a new folder; the old one is removed when that is sealed."""
+    old = aside(path)
+    if (old / MANIFEST).exists() and not (path / MANIFEST).exists():  # what was finished waits, what was begun goes
+        shutil.rmtree(path)
+    else:
+        shutil.rmtree(old, ignore_errors=True)
+        path.rename(old)
 
 
 def begun(path: Path) -> dict[str, Any]:
@@ -285,6 +301,7 @@ def seal(
     record["manifest"] = digest(record)
     write_atomically(path / MANIFEST, _pretty(record))
     (path / UNSEALED).unlink(missing_ok=True)
+    shutil.rmtree(aside(path), ignore_errors=True)
     return open_sealed(path)
 
 

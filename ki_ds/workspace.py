@@ -32,6 +32,7 @@ class Workspace:
     def __init__(self, experiment: Experiment, source: Path, root: Path):
         self.experiment, self.root = experiment, root
         self.trust_checkpoints = False  # of other users
+        self.redo = False  # make again what was made from something else
         folder = source.resolve().parent
         self.bases = [*dict.fromkeys([folder, *folder.parents, Path.cwd(), *SHIPPED])]
         self.digests = Digests(root)

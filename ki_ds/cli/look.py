@@ -36,7 +36,7 @@ def plan(
 
     space = open_workspace(file, scale, workdir, settings)
     ranks, every = ranks_of(space, processes, hostfile), stages(space.experiment)
-    preflight(space, every, ranks)
+    preflight(space, every, ranks, here=hostfile is None and memory is None)
     room = room_for(ranks, memory, elsewhere=hostfile is not None)
     table = Table("stage", "state", *COLUMNS, title=f"{space.experiment.name} in {space.root}")
     sums, notes = dict.fromkeys(SUMMED, 0.0), []
@@ -70,13 +70,15 @@ def _amount(value: float | None) -> str:
 def status(file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None) -> None:
     """The state of every stage."""
     from ki_ds.launch.lock import holder
-    from ki_ds.stages.pipeline import stages
+    from ki_ds.stages.pipeline import stages, touched
 
     space = open_workspace(file, scale, workdir, settings)
+    again = touched(space)
     for stage in stages(space.experiment):
         progress, who = stage.progress(space), holder(space.root, stage.folder)
         notes = [progress] if progress else []
         notes += [f"being made by {who}"] if who else []
+        notes += [f"to be made again: {again[stage]}"] if stage in again else []
         say(f"{MEANING[stage.state(space)]:30} {stage}" + (f" ({'; '.join(notes)})" if notes else ""))
 
 

@@ -51,6 +51,29 @@ TrustCheckpoints = Annotated[
 ]
 
 
+Yes = Annotated[bool, typer.Option("--yes", help="without a question")]
+
+
+def agreed(what: str, items: list[str], yes: bool) -> None:
+    """Say what is about to be done to what, and ask.
+
+    Raises:
+        UserError: nobody is there to be asked.
+    """
+    from ki_ds.errors import UserError
+    from ki_ds.progress import say
+
+    say(f"{len(items) or 'nothing'} to be {what}" + (":" if items else ""))
+    for item in items:
+        say(f"  {item}")
+    if yes or not items:
+        return
+    if not sys.stdin.isatty():
+        raise UserError("nothing was done: say --yes where nobody can be asked")
+    if not typer.confirm("Go on?"):
+        raise typer.Exit(1)
+
+
 def open_workspace(file: Path, scale: str | None, workdir: Path | None, settings: list[str] | None) -> Workspace:
     """An experiment file's experiment in its work directory.
 

@@ -25,6 +25,8 @@ from ki_ds.cli.options import (
     Timeout,
     TrustCheckpoints,
     Workdir,
+    Yes,
+    agreed,
     open_workspace,
     ranks_of,
 )
@@ -37,7 +39,7 @@ from ki_ds.launch.call import read_call
 from ki_ds.launch.command import Launch, check
 from ki_ds.launch.leftovers import Leftovers
 from ki_ds.progress import duration, say
-from ki_ds.stages.pipeline import commands, run, stages, work
+from ki_ds.stages.pipeline import commands, run, stages, touched, work
 from ki_ds.workspace import SHIPPED, Workspace
 
 
@@ -45,9 +47,10 @@ def run_stages(
     file: Path, scale: str | None = None, workdir: Path | None = None, processes: int | None = None,
     hostfile: Path | None = None, settings: list[str] | None = None, launcher: str = "pdsh", launcher_args: str = "",
     restarts: int = 0, timeout: float = 10.0, only: str | None = None, name: str | None = None,
-    trust_checkpoints: bool = False,
+    trust_checkpoints: bool = False, redo: bool = False, yes: bool = False,
 ) -> None:  # fmt: skip
-    """Run the stages of an experiment: all, or those of the command `only`, or of these the one with a name.
+    """Run the stages of an experiment: all, or those of the command `only`, or of these the one with a name. `redo`:
+    those whose folders were made from something else are made again, with `yes` without a question.
 
     Raises:
         UserError: the input is wrong, or the ranks cannot be started.
@@ -59,9 +62,13 @@ def run_stages(
     arguments += ["--scale", scale] if scale else []
     arguments += [part for setting in settings or () for part in ("--set", setting)]
     arguments += ["--trust-checkpoints"] if trust_checkpoints else []
+    arguments += ["--redo"] if redo else []
     control = space.root / ".control" / f"{socket.gethostname()}-{os.getpid()}"
     launch = Launch(arguments, ranks, control, hostfile, launcher, launcher_args, restarts, 60 * timeout)
     check(launch)
+    space.redo = redo
+    if redo:
+        agreed("made again", [f"{stage} ({why})" for stage, why in touched(space).items()], yes)
     left = Leftovers(control.parent)
     done = run(space, launch, only, name)
     left.clear()
@@ -75,14 +82,30 @@ def run_command(
     only: Annotated[str | None, typer.Option(help=", ".join(commands()))] = None,
     settings: Set = None, launcher: Launcher = "pdsh", launcher_args: LauncherArgs = "", restarts: Restarts = 0,
     timeout: Timeout = 10.0, trust_checkpoints: TrustCheckpoints = False,
+    redo: Annotated[bool, typer.Option(help="make again what was made from something else; the old waits for the new")]
+    = False,
+    yes: Yes = False,
 ) -> None:  # fmt: skip
     """Run the whole experiment; what is sealed already is not done again, what was interrupted goes on."""
     if only is not None and only not in commands():
         raise UserError(f'--only: found "{only}"; allowed: {", ".join(commands())}')
     run_stages(
         file, scale, workdir, processes, hostfile, settings, launcher, launcher_args, restarts, timeout, only,
-        trust_checkpoints=trust_checkpoints,
+        trust_checkpoints=trust_checkpoints, redo=redo, yes=yes,
     )  # fmt: skip
+
+
+def clean(
+    file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None, yes: Yes = False,
+) -> None:  # fmt: skip
+    """Remove from the work directory what nothing in the experiment names, and what was set aside."""
+    from ki_ds.stages.leftovers import leftovers, remove
+
+    space = open_workspace(file, scale, workdir, settings)
+    found = leftovers(space)
+    agreed("removed", [f"{one.folder} ({one.size_bytes / 1e6:,.1f} MB)" for one in found], yes)
+    for one in found:
+        remove(space, one)
 
 
 def stage_command(only: str) -> Callable[..., None]:
@@ -139,13 +162,13 @@ def worker(
     watch_input: Annotated[bool, typer.Option("--watch-input", hidden=True)] = False,
     control: Annotated[Path | None, typer.Option(hidden=True)] = None, timeout: Timeout = 10.0,
     local_rank: Annotated[int | None, typer.Option("--local_rank", hidden=True)] = None,
-    trust_checkpoints: TrustCheckpoints = False,
+    trust_checkpoints: TrustCheckpoints = False, redo: bool = False,
 ) -> None:  # fmt: skip
     """One rank of launched stages; started by a launcher."""
     if watch_input:
         distributed.end_with_input()
     space = open_workspace(file, scale, workdir, settings)
-    space.trust_checkpoints = trust_checkpoints
+    space.trust_checkpoints, space.redo = trust_checkpoints, redo
     signs = control or space.root / ".control" / distributed.rendezvous()
     heartbeat.start(signs, distributed.rank(), distributed.world_size(), 60 * timeout, watched=control is not None)
     try:
@@ -172,6 +195,7 @@ def add(app: typer.Typer) -> None:
     app.command("run")(run_command)
     for name, text in commands().items():
         app.command(name, help=text)(stage_command(name))
+    app.command()(clean)
     app.command()(demo)
     app.command(hidden=True)(worker)
 

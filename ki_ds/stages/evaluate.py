@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 from ki_ds.experiment.graph import order
 from ki_ds.experiment.schema import Experiment
@@ -14,7 +13,7 @@ from ki_ds.models.language_model import LanguageModel
 from ki_ds.progress import Progress
 from ki_ds.sealed import Identity, seal
 from ki_ds.stages import models
-from ki_ds.stages.ranks import aside, join, prepared
+from ki_ds.stages.ranks import join, prepared
 from ki_ds.stages.stage import Refusals, Stage, viewing
 from ki_ds.stages.tokenizer import expected
 from ki_ds.training.validation import validate
@@ -76,5 +75,4 @@ class Evaluate(Stage):
             text = json.dumps({"model": self.name, "corpora": found}, indent=1, allow_nan=False)
             write_atomically(folder / "perplexity.json", text.encode())
             seal(folder, identity, {})
-            shutil.rmtree(aside(folder), ignore_errors=True)
         distributed.barrier()

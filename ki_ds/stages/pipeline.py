@@ -52,7 +52,24 @@ def preflight(space: Workspace, chosen: Iterable[Stage], ranks: int, here: bool 
         refusals.gather(lambda: space.engine_config)
     for stage in chosen:
         stage.refuse(space, ranks, here, refusals)
+        refusals.gather(stage.check_state, space)
+    space.digests.save()
     refusals.check()
+
+
+def touched(space: Workspace) -> dict[Stage, str]:
+    """What a change of the experiment makes again, in order, each with why: stages whose folder was made from something
+    else, and those that stand on them."""
+    found: dict[Stage, str] = {}
+    for stage in stages(space.experiment):
+        state = stage.state(space)
+        again = {one.folder for one in found}
+        reads = next((read for read in stage.inputs(space.experiment) if read in again), None)
+        if state == "other":
+            found[stage] = "made from something else"
+        elif reads and stage.lasting and state != "absent":
+            found[stage] = f"reads {reads}"
+    return found
 
 
 def run(space: Workspace, launch: Launch, command: str | None = None, name: str | None = None) -> list[Stage]:
@@ -69,14 +86,15 @@ def run(space: Workspace, launch: Launch, command: str | None = None, name: str 
     if not chosen:
         known = ", ".join(stage.name for stage in of_command)
         raise UserError(f'there is no stage "{name}"; the experiment has {known}')
-    preflight(space, chosen, launch.processes, here=launch.hostfile is None)
+    preflight(space, chosen, launch.processes, launch.hostfile is None)
     _check_inputs(space, every, chosen)
+    again = touched(space) if space.redo else {}  # sealed or not: what they stand on is made again
     waiting: list[Stage] = []  # launched stages in a row share one launch
     for stage in chosen:
         if not stage.launched and waiting:
             _launch(space, launch, waiting)
             waiting = []
-        if stage.lasting and stage.state(space) == "sealed":
+        if stage.lasting and stage not in again and stage.state(space) == "sealed":
             say(f"{stage}: done before")
         elif stage.launched:
             waiting.append(stage)
@@ -120,6 +138,8 @@ def work(stage: Stage, space: Workspace) -> None:
         say(f"{stage} …")
     if shown and not heartbeat.THIS_RANK.watched:
         with _making(space, [stage]):
+            if not stage.launched:
+                stage.make_way(space)
             stage.run(space)
     else:  # rank 0, or the process that started the ranks, holds it
         stage.run(space)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
-
 import torch
 
 from ki_ds.files import digest
 from ki_ds.launch import distributed
-from ki_ds.sealed import Identity, Manifest, prepare, state, versions
+from ki_ds.sealed import Identity, Manifest, prepare, versions
 from ki_ds.stages.stage import Stage
 from ki_ds.workspace import Workspace
 
@@ -33,15 +30,9 @@ def join(stage: Stage, space: Workspace) -> tuple[Identity, torch.device]:
 
 
 def prepared(stage: Stage, space: Workspace, identity: Identity) -> Manifest | None:
-    """`sealed.prepare` by rank 0, its result on every rank; what a stage makes again by itself is set aside before, and
-    is the stage's to remove once the new folder is sealed."""
-    folder, first = space.root / stage.folder, distributed.rank() == 0
-    if first and stage.remade and state(folder, identity) == "other":
-        shutil.rmtree(aside(folder), ignore_errors=True)
-        folder.rename(aside(folder))
-    return distributed.broadcast_object(prepare(folder, identity) if first else None)
-
-
-def aside(folder: Path) -> Path:
-    """Where a folder waits until a new one in its place is sealed: a name that no stage has."""
-    return folder.with_name(f".{folder.name}.old")
+    """`sealed.prepare` by rank 0, its result on every rank; what a stage makes again by itself is set aside before."""
+    found = None
+    if distributed.rank() == 0:
+        stage.make_way(space)
+        found = prepare(space.root / stage.folder, identity)
+    return distributed.broadcast_object(found)

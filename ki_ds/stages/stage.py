@@ -15,7 +15,7 @@ from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Experiment
 from ki_ds.planning.costs import Cost
 from ki_ds.planning.room import Room
-from ki_ds.sealed import MANIFEST, Identity, State, check_identity, state
+from ki_ds.sealed import MANIFEST, Identity, State, check_identity, set_aside, state
 from ki_ds.workspace import Workspace
 
 P = ParamSpec("P")
@@ -108,6 +108,20 @@ class Stage(ABC):
             folder = space.root / self.folder
             raise UserError(f"{folder}: made from something else. Run `ki-ds {self.command}`: it is made again.")
         if self.lasting and (space.root / self.folder / MANIFEST).exists():
+            check_identity(space.root / self.folder, self.identity(space))
+
+    def make_way(self, space: Workspace) -> None:
+        """Set its folder aside where it was made from something else and is to be made again; rank 0's to do."""
+        if (space.redo or self.remade) and self.state(space) == "other":
+            set_aside(space.root / self.folder)
+
+    def check_state(self, space: Workspace) -> None:
+        """Check that its folder, finished or begun, is not in its way, as far as its inputs are there to tell.
+
+        Raises:
+            UserError: naming the keys that differ.
+        """
+        if self.lasting and not self.remade and not space.redo and self.state(space) == "other":
             check_identity(space.root / self.folder, self.identity(space))
 
 

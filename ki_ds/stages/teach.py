@@ -83,7 +83,9 @@ class Teach(Stage):
         return Identity(self.kind, config, inputs)
 
     def state(self, space: Workspace) -> State:
-        found = super().state(space)
+        found, folder = super().state(space), space.root / self.folder
+        if found == "other" and not (folder / MANIFEST).exists() and not any(folder.glob("*.kit")):
+            return "absent"  # begun with other settings, but nothing was stored
         if found == "sealed" and not complete(space.root / self.folder, self.wanted(space).spec.samples):
             return "unsealed"
         return found
@@ -118,6 +120,8 @@ class Teach(Stage):
 
     def run(self, space: Workspace) -> None:
         identity, device = join(self, space)
+        if distributed.rank() == 0:
+            self.make_way(space)
         teach(space.root / self.folder, identity, self.job(space, identity), device)
 
     def job(self, space: Workspace, identity: Identity) -> TeachJob:

@@ -1,0 +1,49 @@
+"""What lies in a work directory that nothing in its experiment names."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+
+from ki_ds.launch.lock import held
+from ki_ds.sealed import MANIFEST, UNSEALED, aside, set_aside
+from ki_ds.stages import STAGES
+from ki_ds.stages.pipeline import stages
+from ki_ds.workspace import Workspace
+
+
+@dataclass(frozen=True)
+class Leftover:
+    """A folder that a stage once made."""
+
+    folder: str  # under the work directory
+    size_bytes: int
+
+
+def leftovers(space: Workspace) -> list[Leftover]:
+    """Folders that stages made, or that were set aside for new ones, and that no stage of the experiment makes."""
+    named = {stage.folder for stage in stages(space.experiment)}
+    parents = {kind.parent for kind in STAGES} | {""}
+    found = []
+    for path in sorted(path for parent in parents for path in (space.root / parent).glob("*") if path.is_dir()):
+        folder = str(path.relative_to(space.root))
+        waits = path.name.startswith(".") and path.name.endswith(".old")  # `sealed.aside`
+        made = waits or any((path / name).exists() for name in (MANIFEST, UNSEALED))
+        if made and not path.is_symlink() and folder not in named:
+            size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
+            found.append(Leftover(folder, size))
+    return found
+
+
+def remove(space: Workspace, leftover: Leftover) -> None:
+    """Remove one, unless somebody is making it.
+
+    Raises:
+        UserError: somebody is.
+    """
+    path = space.root / leftover.folder
+    with held(space.root, [leftover.folder]):
+        if not path.name.startswith("."):  # half removed, it must not look whole
+            set_aside(path)
+            path = aside(path)
+        shutil.rmtree(path)
