@@ -170,7 +170,7 @@ def compute(
         None: they are not wanted any more.
 
     Raises:
-        UserError: the teacher's prediction is not a number, or memory is short for a single sequence.
+        UserError: a prediction is not a number or infinite, or memory is short for a single sequence.
         Stopped: it was asked for.
     """
     blocks: list[FrameBlock] = []
@@ -202,7 +202,7 @@ def ask(
     the teacher saw; None: memory was short.
 
     Raises:
-        UserError: the teacher's prediction is not a number.
+        UserError: a prediction is not a number or infinite; names the sample and the row.
     """
     sequences, views = job.stream.pairs(samples)
     view = job.viewer(job.tokens.train[sequences], sequences, views)
@@ -214,15 +214,19 @@ def ask(
     began = time.perf_counter()
     try:
         found = teacher.predict(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
-        broken = bool(torch.isnan(found.scalars["truth"]).any())
+        broken = np.isnan(found.scalars["truth"].cpu().numpy())
+        if broken.any():
+            first = int(broken.argmax())
+            which, index = divmod(int(rows[first]), view.inputs_BS.shape[1])
+            row = int(view.loss_mask_BS[which, :index].sum())
+            raise UserError(
+                f"models.{job.teacher_name}: its prediction is not a number or infinite at sample {samples[which]} of "
+                f"its corpus, row {row} (index {index}); the teacher's weights are broken, or too large for "
+                "inference.precision. Expected finite logits, or -inf at some ids"
+            )
         planes, distortion_n = planes_of(found, job.codec), found.distortion_N.cpu().numpy()
     except torch.OutOfMemoryError:
         return None
-    if broken:
-        raise UserError(
-            f"models.{job.teacher_name}: a prediction is not a number at sample {samples[0]} of its "
-            "corpus; the teacher's weights are broken, or too large for inference.precision"
-        )
     teacher.micro_batch.took(len(samples), time.perf_counter() - began)
     return planes, distortion_n, view
 

@@ -1,21 +1,26 @@
 """How teachers are run: what is refused, micro-batches found by trial, and half precision."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from helpers.teaching import VOCABULARY, made, opened
+from helpers.teaching import LENGTH, VOCABULARY, made, opened
 
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.engine.config import InferenceEngineConfig
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Inference
+from ki_ds.kernels.select.eager import select
+from ki_ds.kernels.select.pack import pack
 from ki_ds.launch import heartbeat
 from ki_ds.stages import pipeline
 from ki_ds.stages.evaluate import Evaluate
 from ki_ds.stages.teach import Teach
 from ki_ds.stages.train import Train
+from ki_ds.targets.selection import Selection
+from ki_ds.targets.spec import TargetSpec
 from ki_ds.teaching import job as teach
 from ki_ds.teaching import teacher as inference
 from ki_ds.teaching.batch_size import MICRO_BATCH
@@ -236,6 +241,30 @@ def test_a_wish_to_stop_ends_the_work_at_the_next_micro_batch(real, monkeypatch)
     monkeypatch.setattr(heartbeat, "asked_to_stop", lambda: next(wishes))
     with pytest.raises(heartbeat.Stopped):
         computed(real, 100, MicroBatchFinder(16, False, True))
+
+
+@pytest.mark.parametrize("selection", [Selection("top_k", 12), Selection("top_p", 12, 0.9), Selection("sampled", 9)])
+@pytest.mark.parametrize("logit", [math.nan, math.inf, -math.inf])
+def test_prediction_that_is_no_probability_is_refused_with_its_sample_and_row(real, selection, logit):
+    """Of the third sample, row 5: one logit, or all of them where it is -inf."""
+    row = 2 * (LENGTH - 1) + 5
+
+    def predict(ids, rows, labels, drawn):
+        logits = torch.randn(len(rows), VOCABULARY, generator=torch.Generator().manual_seed(0))
+        logits[row, ... if logit < 0 else 7] = logit
+        return predictions(logits, labels, selection, drawn)
+
+    codec = TargetSpec(selection, (1.0,), 2e-4, 100).codec(VOCABULARY)
+    job = replace(real[0], selection=selection, header=replace(real[0].header, codec=codec))
+    teacher = Teacher(predict, Replicated(), MicroBatchFinder(16, False, True), lambda: None)
+    with pytest.raises(UserError, match=r"models\.t: .*not a number or infinite at sample 42 of .* row 5 \(index 5\)"):
+        teach.compute(teacher, job, np.arange(40, 60), CPU, lambda here: True)
+
+
+def predictions(logits, labels, selection, drawn):
+    """As a teacher packs them."""
+    found = select(logits, labels, selection, (1.0,), drawn)
+    return pack(found, selection.k, 0.0 if selection.counts else 1 / 16, (1.0,), False)
 
 
 # ------------------------------------------------------------------------------------------------------ precision

@@ -62,7 +62,8 @@ def select_targets(
             chunked ones, on the device), or `auto`.
 
     Returns:
-        Planes of K = min(selection.k, V) entries. Where a logit is NaN, so are the row's scalars.
+        Planes of K = min(selection.k, V) entries. Where a logit is NaN or infinite, or all are -inf, the truth is NaN;
+        -inf forbids an id.
 
     Raises:
         ValueError: arguments that do not fit together, or an implementation that cannot run here.
@@ -161,7 +162,9 @@ def select(
     if selection.counts:
         assert uniforms_NK is not None
         ids, counts = draw(logits, uniforms_NK, selection.temperature)
-        return Selected(ids, counts, {"truth": truth_N - logits.logsumexp(dim=1)})
+        total_N = logits.logsumexp(dim=1)
+        truth_N = (truth_N - total_N).masked_fill(~torch.isfinite(total_N), torch.nan)  # an infinite logit gives -inf
+        return Selected(ids, counts, {"truth": truth_N})
     temperatures = sorted({1.0, *temperatures})
     ids = top_k(logits, min(selection.k, logits.shape[1]))
     kept_NK = logits.gather(1, ids)

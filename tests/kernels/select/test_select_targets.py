@@ -268,15 +268,30 @@ def test_impossible_ids_are_not_kept(impl, device, possible):
 @EVERY
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize(
-    "row", [[1.0, NAN, 2.0] * 20, [NAN] * 60, [-INF] * 60, [1.0, -NAN] + [2.0] * 58, [INF, 0.0] * 30]
+    "row",
+    [[1.0, NAN, 2.0] * 20, [NAN] * 60, [-INF] * 60, [1.0, -NAN] + [2.0] * 58, [INF, 0.0] * 30, [0.0] * 59 + [INF]],
 )
 def test_what_is_not_finite_says_so(impl, device, row):
-    """No scalar of the row is finite; nothing is read or written elsewhere, and the ids are ids."""
+    """The row's truth is no number; nothing is read or written elsewhere, and the ids are ids."""
     for kind in ("top_k", "top_p", "sampled"):
         how = dict(quantum=0.0, uniforms_NK=uniforms(2, 4)) if kind == "sampled" else {}
         found = run(impl, device, constant(row, 2, label=1), Selection(kind, 4, 0.9), **how)
-        assert not torch.isfinite(found.scalars["truth"]).any()
+        assert torch.isnan(found.scalars["truth"]).all()
         assert (found.ids_NK >= 0).all() and (found.ids_NK < 60).all() and (found.count_N <= 4).all()
+
+
+@EVERY
+@pytest.mark.usefixtures("small_tiles")
+def test_forbidden_ids_are_no_fault(impl, device):
+    """Most ids at -inf, the true one among them in the second row."""
+    for kind in ("top_k", "top_p", "sampled"):
+        how = dict(quantum=0.0, uniforms_NK=uniforms(2, 4)) if kind == "sampled" else {}
+        arguments = constant([-INF] * 20 + [1.0, 3.0] + [-INF] * 38, 2, label=21)
+        arguments[3][1] = 0
+        found = run(impl, device, arguments, Selection(kind, 4, 1.0), **how)
+        expected = [3 - math.log(math.exp(3) + math.exp(1)), -INF]
+        assert found.scalars["truth"].tolist() == pytest.approx(expected, abs=1e-5)
+        assert all(set(ids[:n]) <= {20, 21} for ids, n in zip(found.ids_NK.tolist(), found.count_N, strict=True))
 
 
 @EVERY
