@@ -63,6 +63,8 @@ class Manifest:
 
 def _read(path: Path) -> dict[str, Any]:
     try:
+        if path.exists() and not path.is_file():  # a pipe would wait for a writer
+            raise OSError("it is not a file")
         text = path.read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}). Remove the folder {path.parent} and run again.") from None

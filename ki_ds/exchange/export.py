@@ -17,6 +17,7 @@ import numpy as np
 from ki_ds.errors import UserError
 from ki_ds.exchange.parquet import lists, parquet_writer
 from ki_ds.exchange.teacher_inputs import TeacherInputs
+from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder
 
 
@@ -46,26 +47,46 @@ def tables(shards: ShardFolder, inputs: TeacherInputs | None) -> Iterator[Table]
     """The folder's rows, some samples at a time; index and token where the corpus is at hand."""
     how = shards.codec
     for samples in shards.batches():
-        start, read = int(samples[0]), shards.read(samples)
-        planes = read.planes
-        given = planes.values_nK.astype(np.float32) if how.counts else how.log_probabilities(planes)
-        kept = planes.kept()
-        order = np.argsort(np.where(kept, -given, np.inf), axis=1, kind="stable")
-        ids, given = (np.take_along_axis(x, order, axis=1)[kept] for x in (planes.ids(), given))  # kept come first
+        entries = shards.entries(samples)
         index = token = None
         if inputs is not None:
             view = inputs.view(samples)
-            if inputs.viewer.digests(view).tolist() != read.digests:
+            index, token, ends = inputs.rows(view)
+            shown = [inputs.viewer.digests(view).tolist(), np.diff(ends, prepend=0).tolist()]
+            if shown != [entries["digest"].tolist(), entries["rows"].tolist()]:
                 raise UserError(
-                    f"{shards.folder}: sample {start} or soon after: the teacher saw another input than the "
+                    f"{shards.folder}: sample {samples[0]} or soon after: the teacher saw another input than the "
                     f"corpus in {inputs.tokens.manifest.path} gives"
                 )
-            index, token, _ = inputs.rows(view)
-        yield Table(
-            np.repeat(samples, read.rows), index, token,
-            how.scalar(planes, "truth") if how.stores("truth") else None, planes.count_n,
-            ids.astype(np.int32), given.astype(np.int32 if how.counts else np.float32),
-        )  # fmt: skip
+        done = 0
+        for planes in shards.parts(samples):
+            here = slice(done, done + len(planes))
+            done = here.stop
+            ids_E, values_E, truth_n = _falling(how, planes)
+            yield Table(
+                np.repeat(samples, entries["rows"])[here], None if index is None else index[here],
+                None if token is None else token[here], truth_n, planes.count_n, ids_E, values_E,
+            )  # fmt: skip
+
+
+def _falling(how: Codec, planes: Planes) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """ids [E] and log-probabilities or counts [E] of the rows, falling in each; and the truth [n], if it is stored.
+
+    Rounding makes some rows' probabilities sum to a little more than 1: these are scaled."""
+    truth_n = how.scalar(planes, "truth") if how.stores("truth") else None
+    kept = planes.kept()
+    if how.counts:
+        given: np.ndarray = planes.values_nK.astype(np.int32)
+    else:
+        given = how.log_probabilities(planes)
+        excess_n1 = np.log(np.maximum(np.exp(given.astype(np.float64)).sum(axis=1, keepdims=True), 1))
+        given = (given - excess_n1).astype(np.float32)
+        if truth_n is not None:
+            largest_n = given.max(axis=1, initial=-np.inf)
+            truth_n = np.where(planes.count_n > 0, np.minimum(truth_n, largest_n), truth_n)
+    order = np.argsort(np.where(kept, -given.astype(np.float32), np.inf), axis=1, kind="stable")
+    ids, given = (np.take_along_axis(x, order, axis=1)[kept] for x in (planes.ids(), given))  # kept come first
+    return ids.astype(np.int32), given, truth_n
 
 
 def export_parquet(parts: Iterator[Table], path: Path) -> int:

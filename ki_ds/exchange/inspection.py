@@ -36,9 +36,9 @@ def statistics(shards: ShardFolder) -> dict[str, Any]:
     how, zstd = shards.codec, codec.compressor()
     most = max(min(SAMPLE, MOST_SLOTS // (shards.shard(0).header.folder.sequence_length * how.k), shards.samples), 1)
     samples = np.unique(np.linspace(0, shards.samples - 1, most).astype(np.int64))
-    read = shards.read(samples)
-    planes, rows = read.planes, len(read.planes)
-    ends = np.cumsum(read.rows)
+    planes = next(shards.parts(samples)) if most == 1 else shards.read(samples).planes  # a part of it, if it is huge
+    rows = len(planes)
+    ends = np.minimum(np.cumsum(shards.entries(samples)["rows"], dtype=np.int64), rows)
     size = dict.fromkeys(PARTS, 0)
     names = [*PARTS[:4], *(PARTS[4:5] if planes.high_nK is not None else ()), PARTS[5]]
     total = 0
@@ -87,13 +87,13 @@ class Row:
 
 def rows(shards: ShardFolder, sample: int, count: int, inputs: TeacherInputs | None, most: int = 8) -> list[Row]:
     """The first rows of a sample, each with its most probable ids."""
-    how, planes = shards.codec, shards.read(np.array([sample])).planes
+    how, planes = shards.codec, next(shards.parts(np.array([sample]))).rows(slice(0, count))
     p = probabilities(how, planes) if how.counts else np.exp(how.log_probabilities(planes))
     ids = planes.ids()
     index, tokens = (None, None) if inputs is None else inputs.rows(inputs.view(np.array([sample])))[:2]
     truth = how.scalar(planes, "truth") if how.stores("truth") else None
     found = []
-    for row in range(min(count, len(planes))):
+    for row in range(len(planes)):
         order = np.argsort(-p[row], kind="stable")[: min(most, int(planes.count_n[row]))]
         found.append(
             Row(
@@ -113,14 +113,14 @@ def bench(shards: ShardFolder, seconds: float = 5.0, batch: int = 16) -> dict[st
     a second, decoded to packed planes, and the megabytes of planes that this makes."""
     if not shards.samples:
         raise UserError(f"{shards.folder}: holds no sample")
-    shards.read(np.arange(min(batch, shards.samples)))  # opens the first shard
+    shards.shard(0)
     done = rows = size = 0
     began = time.perf_counter()
     while (spent := time.perf_counter() - began) < seconds:
         start = done % max(shards.samples - batch + 1, 1)
-        planes = shards.read(np.arange(start, min(start + batch, shards.samples))).planes
-        rows, done = rows + len(planes), done + batch
-        size += (
-            planes.ids_nK.nbytes + planes.values_nK.nbytes + (0 if planes.high_nK is None else planes.high_nK.nbytes)
-        )
+        for planes in shards.parts(np.arange(start, min(start + batch, shards.samples))):
+            rows += len(planes)
+            size += planes.ids_nK.nbytes + planes.values_nK.nbytes
+            size += 0 if planes.high_nK is None else planes.high_nK.nbytes
+        done += batch
     return {"rows": rows, "seconds": spent, "rows_per_second": rows / spent, "megabytes_per_second": size / spent / 1e6}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,7 +16,11 @@ from ki_ds.exchange.teacher_inputs import TeacherInputs
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.quanta import FINE, NAT
-from ki_ds.targets.shard import Damaged, Frame, Shard
+from ki_ds.targets.shard import MOST_BYTES, Damaged, Frame, Shard
+
+THREADS = 16  # at most
+AT_ONCE = 1 << 18  # slots (rows · K) that are decoded at once
+_large = threading.Lock()  # held by who looks at a sample of more than MOST_BYTES
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ def verify(
         return found
 
     faults: list[Fault] = []
-    threads = os.cpu_count() or 1
+    threads = min(os.cpu_count() or 1, THREADS)
     with ThreadPoolExecutor(threads) as pool:
         for begin in range(0, len(shards), 64 * threads):
             for found in pool.map(one, range(begin, min(begin + 64 * threads, len(shards)))):
@@ -65,17 +71,23 @@ def _shard(shards: ShardFolder, number: int, deep: bool, inputs: TeacherInputs |
         return
     start, end = shard.header.start, shard.header.end
     for first, count in shard.batches(start, end):
-        frames: list[Frame] = []
-        try:
-            frames = shard.read(first, count)
-        except UserError:  # one by one, to name each that is damaged
-            for sample in range(first, first + count):
-                try:
-                    frames += shard.read(sample)
-                except UserError as error:
-                    yield error
-        for message in _frames(shard, frames, deep, inputs):
-            yield shard.bad(message)
+        size = int(shard.entries(first, count)["raw"].sum(dtype=np.int64))
+        with _large if size > MOST_BYTES else contextlib.nullcontext():
+            yield from _batch(shard, first, count, deep, inputs)
+
+
+def _batch(shard: Shard, first: int, count: int, deep: bool, inputs: TeacherInputs | None) -> Iterator[UserError]:
+    frames: list[Frame] = []
+    try:
+        frames = shard.read(first, count)
+    except UserError:  # one by one, to name each that is damaged
+        for sample in range(first, first + count):
+            try:
+                frames += shard.read(sample)
+            except UserError as error:
+                yield error
+    for message in _frames(shard, frames, deep, inputs):
+        yield shard.bad(message)
 
 
 def _frames(shard: Shard, frames: list[Frame], deep: bool, inputs: TeacherInputs | None) -> Iterator[str]:
@@ -92,15 +104,15 @@ def _frames(shard: Shard, frames: list[Frame], deep: bool, inputs: TeacherInputs
     if not deep:
         return
     for frame, label in zip(frames, labels, strict=True):
+        known, done = label if label is not None and len(label) == frame.rows else None, 0
         try:
-            planes = shard.codec.decode([frame.data], [frame.rows])
+            for data, rows in shard.codec.split(frame.data, frame.rows, AT_ONCE):
+                planes, here = shard.codec.decode([data], [rows]), slice(done, done + rows)
+                for row, message in _rows(shard.codec, planes, None if known is None else known[here]):
+                    yield f"sample {frame.sample}, row {done + row}: {message}"
+                done += rows
         except ValueError as error:
             yield f"sample {frame.sample}: {error}"
-            continue
-        for row, message in _rows(
-            shard.codec, planes, label if label is not None and len(label) == len(planes) else None
-        ):
-            yield f"sample {frame.sample}, row {row}: {message}"
 
 
 def _rows(how: Codec, planes: Planes, labels: np.ndarray | None) -> Iterator[tuple[int, str]]:

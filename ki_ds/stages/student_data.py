@@ -93,6 +93,11 @@ def check(space: Workspace, student: TrainedModel, inherit: Inherit, corpus: str
             f"{folder}: the tail's weight is stored at the temperatures {there}; expected "
             f"{inherit.temperature:g} ({student.place}.inherit.temperature)"
         )
+    if found.header.sequence_length != space.experiment.sequence_length:
+        raise UserError(
+            f"{folder}: of sequences of {found.header.sequence_length} tokens; expected sequence_length "
+            f"{space.experiment.sequence_length}"
+        )
     if codec.vocabulary != size:
         raise UserError(f"{folder}: of a vocabulary of {codec.vocabulary} ids; the tokenizer has {size}")
     read = min(student.samples_taught(corpus), space.experiment.views * len(space.tokens(corpus).train))

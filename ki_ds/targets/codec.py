@@ -14,7 +14,7 @@ bits are left, and their order by probability is not stored twice.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -245,21 +245,41 @@ class Codec:
         octets: list[np.ndarray] = [np.zeros((2, scalars + 1, 0), np.uint8)]
         parts: list[list[np.ndarray]] = [[] for _ in range(width + 1)]
         for data, n in zip(frames, rows, strict=True):
-            flat = np.frombuffer(data, np.uint8)
-            at = n * (2 + 2 * scalars)
-            entries, rest = divmod(len(flat) - at, width + 1)
-            if entries < 0 or rest:
-                raise ValueError(f"{len(flat)} bytes do not make a frame of {n} rows")
-            octets.append(flat[:at].reshape(2, scalars + 1, n))
-            if 256 * int(octets[-1][0, 0].sum(dtype=np.int64)) + int(octets[-1][1, 0].sum(dtype=np.int64)) != entries:
-                raise ValueError(f"the counts of its rows do not sum to its {entries} entries")
-            for index, part in enumerate(parts):
-                part.append(flat[at + index * entries : at + (index + 1) * entries])
+            numbers, columns = self._columns(data, n)
+            octets.append(numbers)
+            for part, column in zip(parts, columns, strict=True):
+                part.append(column)
         high_low = np.concatenate(octets, axis=2).astype(np.uint16)
         numbers = (high_low[0] << 8) | high_low[1]
         ids, values = self._unpack([np.concatenate([np.zeros(0, np.uint8), *part]) for part in parts], numbers[0])
         high = (ids >> 16).astype(np.uint8) if width == 3 else None
         return Planes(ids.astype(np.uint16, copy=False), high, values, numbers[0], numbers[1:].view(np.int16))
+
+    def split(self, data: bytes, rows: int, most: int) -> Iterator[tuple[bytes, int]]:
+        """A frame as frames of fewer rows, (frame, rows), of at most so many slots (rows · K) where K fits.
+
+        Raises:
+            ValueError: as `decode`.
+        """
+        octets, columns = self._columns(data, rows)
+        size, begin = max(most // self.k, 1), 0
+        for start in range(0, rows, size):
+            part = octets[:, :, start : start + size]
+            end = begin + _sum(part)
+            yield b"".join([part.tobytes(), *(column[begin:end].tobytes() for column in columns)]), part.shape[2]
+            begin = end
+
+    def _columns(self, data: bytes, rows: int) -> tuple[np.ndarray, list[np.ndarray]]:
+        """uint8 [2, 1 + S, rows], high and low bytes of counts and scalars; and the columns of entries."""
+        flat, width = np.frombuffer(data, np.uint8), self._bytes_of_id + 1
+        at = rows * (2 + 2 * len(self.scalars))
+        entries, rest = divmod(len(flat) - at, width)
+        if entries < 0 or rest:
+            raise ValueError(f"{len(flat)} bytes do not make a frame of {rows} rows")
+        octets = flat[:at].reshape(2, len(self.scalars) + 1, rows)
+        if _sum(octets) != entries:
+            raise ValueError(f"the counts of its rows do not sum to its {entries} entries")
+        return octets, np.split(flat[at:], width)
 
     def _unpack(self, columns: list[np.ndarray], count: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ids [n, K] and values [n, K] from the columns of entries."""
@@ -290,6 +310,11 @@ class Codec:
             ids[~kept] = 0
             values[~kept] = 0
         return ids, values
+
+
+def _sum(octets: np.ndarray) -> int:
+    """Of the counts in the high and low bytes of a frame's numbers."""
+    return 256 * int(octets[0, 0].sum(dtype=np.int64)) + int(octets[1, 0].sum(dtype=np.int64))
 
 
 def _running_sums(gaps_nK: np.ndarray) -> np.ndarray:

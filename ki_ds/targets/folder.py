@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from ki_ds.targets.source import Place, join, names
 
 SHARD_NAME = re.compile(r"targets-(\d{9,15})-(\d{9,15})\.kit")
 THREADS = 8  # of reads that wait for a server at the same time
+Run = tuple[int, int]  # (first, count) of consecutive samples within a shard
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -41,10 +44,12 @@ class ShardFolder:
         samples_per_shard: int,
         header: FolderHeader | None = None,
         keep: int = 128,
+        digests: Mapping[str, str] | None = None,
     ):
-        """`header`: what every shard must say; None: it is not known, and not checked. `keep`: indices in memory."""
+        """`header`: what every shard must say; None: it is not known, and not checked. `keep`: indices in memory.
+        `digests`: of each shard by its name, as the folder was sealed with; None: it was sealed without."""
         self.folder, self.samples, self.per_shard = folder, samples, samples_per_shard
-        self._header, self.keep = header, keep
+        self._header, self.keep, self.digests = header, keep, digests
         self.shards: OrderedDict[int, Shard] = OrderedDict()
         self.lock = threading.Lock()
         self.pool: ThreadPoolExecutor | None = None
@@ -60,18 +65,18 @@ class ShardFolder:
         """Of every shard, where the folder was opened by its manifest."""
         return self.header.codec
 
-    def read(self, samples: np.ndarray) -> Targets:
+    def read(self, samples: np.ndarray, check: Callable[[np.ndarray], None] | None = None) -> Targets:
         """The targets of samples, in their order; neighbours are read at once, the rest in threads.
+
+        Args:
+            check: hears what `entries` says of the samples before any frame is read.
 
         Raises:
             UserError: a shard is missing or damaged.
         """
-        runs = self._runs([int(sample) for sample in samples])
-        if len(runs) == 1:
-            parts = [self._run(runs[0])]
-        else:
-            self.pool = self.pool or ThreadPoolExecutor(THREADS, thread_name_prefix="targets")
-            parts = list(self.pool.map(self._run, runs))
+        if check:
+            check(self.entries(samples))
+        parts = self._each(self._run, self._runs(samples))
         frames = [frame for _, part in parts for frame in part]
         planes = []
         for shard, part in _joined(parts):
@@ -80,6 +85,25 @@ class ShardFolder:
             raise ValueError("no sample was asked for")
         return Targets(codec.concatenate(planes), [f.rows for f in frames], [f.digest for f in frames])
 
+    def entries(self, samples: np.ndarray) -> np.ndarray:
+        """What the shards' indices say of samples (`ki_ds.targets.shard.INDEX`), in their order; no frame is read.
+
+        Raises:
+            UserError: as `read`.
+        """
+        return np.concatenate(self._each(lambda run: self._shard_of(run).entries(*run), self._runs(samples)))
+
+    def parts(self, samples: np.ndarray) -> Iterator[Planes]:
+        """The rows of samples, as many at once as take a bounded amount of memory, however many a sample has.
+
+        Raises:
+            UserError: as `read`.
+        """
+        for run in self._runs(samples):
+            shard = self._shard_of(run)
+            for first, count in shard.batches(run[0], run[0] + run[1]):
+                yield from shard.parts(shard.read(first, count))
+
     def batches(self) -> Iterator[np.ndarray]:
         """All samples in order, as many at once as take a bounded amount of memory."""
         for number in range(len(self)):
@@ -87,10 +111,9 @@ class ShardFolder:
             for first, count in self.shard(number).batches(start, min(start + self.per_shard, self.samples)):
                 yield np.arange(first, first + count)
 
-    def _runs(self, samples: list[int]) -> list[tuple[int, int]]:
-        """(first, count) of consecutive samples within a shard."""
-        runs: list[tuple[int, int]] = []
-        for sample in samples:
+    def _runs(self, samples: np.ndarray) -> list[Run]:
+        runs: list[Run] = []
+        for sample in map(int, samples):
             if not 0 <= sample < self.samples:
                 raise UserError(
                     f"{self.folder}: holds samples 0 to {self.samples}, asked for {sample}. Run `ki-ds teach`: "
@@ -103,8 +126,18 @@ class ShardFolder:
                 runs.append((sample, 1))
         return runs
 
-    def _run(self, run: tuple[int, int]) -> tuple[Shard, list[Frame]]:
-        shard = self.shard(run[0] // self.per_shard)
+    def _each(self, call: Callable[[Run], Found], runs: list[Run]) -> list[Found]:
+        """What a call gives for each run, several at once."""
+        if len(runs) == 1:
+            return [call(runs[0])]
+        self.pool = self.pool or ThreadPoolExecutor(THREADS, thread_name_prefix="targets")
+        return list(self.pool.map(call, runs))
+
+    def _shard_of(self, run: Run) -> Shard:
+        return self.shard(run[0] // self.per_shard)
+
+    def _run(self, run: Run) -> tuple[Shard, list[Frame]]:
+        shard = self._shard_of(run)
         return shard, shard.read(*run)
 
     def shard(self, number: int) -> Shard:
@@ -126,7 +159,8 @@ class ShardFolder:
         return shard
 
     def _open(self, number: int) -> Shard:
-        shard = Shard(join(self.folder, self.name(number)))
+        name = self.name(number)
+        shard = Shard(join(self.folder, name))
         start = number * self.per_shard
         expected = {} if self._header is None else self._header.record
         expected |= {"start": start, "end": min(start + self.per_shard, self.samples)}
@@ -134,6 +168,9 @@ class ShardFolder:
         for key, value in expected.items():
             if found.get(key) != value:
                 raise shard.bad(f"its header gives {key} = {found.get(key)}, expected {value}")
+        if self.digests is not None and shard.digest != self.digests.get(name):
+            raise shard.bad(f"is another shard than the manifest vouches for (digest {shard.digest}, expected "
+                            f"{self.digests.get(name, 'none')})")  # fmt: skip
         return shard
 
     def name(self, number: int) -> str:

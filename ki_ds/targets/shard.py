@@ -12,6 +12,7 @@ a temporary name, flushed and renamed.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 import threading
@@ -40,7 +41,10 @@ INDEX = np.dtype([("offset", "<u8"), ("compressed", "<u4"), ("raw", "<u4"), ("ro
 LARGEST_HEADER = 1 << 20
 LARGEST_RATIO = 1 << 15  # of zstd: a block of one repeated byte takes 4 bytes for 128 KiB
 LARGEST_PLANE = 1 << 26  # rows · K of a sample: 65,536 tokens of 1,024 ids; in memory rows are not ragged
+LARGEST_FRAME = 1 << 28  # bytes of a decompressed frame
+MOST_SAMPLES = 1 << 20  # in a shard
 MOST_FRAMES, MOST_SLOTS = 64, 1 << 22  # of what a tool reads at once
+MOST_BYTES = 4 * MOST_SLOTS
 HEAD, TAIL = 1 << 13, 1 << 16  # read at once from the file's ends: most often header and index are in them
 _local = threading.local()
 
@@ -162,11 +166,14 @@ class Shard:
         index_at, frames, index_checksum, end_magic = FOOTER.unpack(tail[-FOOTER.size :])
         if end_magic != MAGIC or index_at + frames * INDEX.itemsize + FOOTER.size != size:
             raise self.bad("is cut short or damaged (the footer does not fit)")
+        if frames > MOST_SAMPLES:
+            raise self.bad(f"has {frames} samples; a shard holds at most {MOST_SAMPLES}")
         ahead = len(tail) - (size - index_at)
         table = tail[ahead : -FOOTER.size] if ahead >= 0 else self._read(index_at, frames * INDEX.itemsize)
         if xxhash.xxh3_64_intdigest(table) != index_checksum:
             raise self.bad("the index's checksum does not match")
         self.index = np.frombuffer(table, INDEX)
+        self.digest = hashlib.sha256(text + table).hexdigest()[:32]  # pins every frame, by the index's checksums
         self._check_index(PREFIX.size + length, index_at)
 
     def _header(self, text: bytes) -> ShardHeader:
@@ -192,7 +199,7 @@ class Shard:
         entries = (raw - rows * per_row) // per_entry
         wrong = (rows > header.folder.sequence_length) | (raw != rows * per_row + entries * per_entry)
         wrong |= (entries < 0) | (entries > rows * how.k) | (raw > sizes.astype(np.int64) * LARGEST_RATIO)
-        wrong |= rows * how.k > LARGEST_PLANE
+        wrong |= (rows * how.k > LARGEST_PLANE) | (raw > LARGEST_FRAME)
         if wrong.any() or (index["zero"] != 0).any():
             place = header.start + int(np.flatnonzero(wrong | (index["zero"] != 0))[0])
             raise self.bad(f"sample {place}: the index entry does not fit the header or the file")
@@ -203,9 +210,10 @@ class Shard:
         """(first, count) of runs of samples that take a bounded amount of memory to read and decode at once."""
         first = start
         while first < end:
-            rows = self.index["rows"][first - self.header.start :][:MOST_FRAMES].astype(np.int64)
-            size = np.cumsum(np.maximum(rows * self.codec.k, 1))
-            count = max(int(np.searchsorted(size, MOST_SLOTS, side="right")), 1)
+            entries = self.index[first - self.header.start :][:MOST_FRAMES]
+            raw, rows = entries["raw"].astype(np.int64), entries["rows"].astype(np.int64)
+            size = np.cumsum(np.maximum(raw, 4 * self.codec.k * rows))
+            count = max(int(np.searchsorted(size, MOST_BYTES, side="right")), 1)
             yield first, min(count, end - first)
             first += min(count, end - first)
 
@@ -231,10 +239,7 @@ class Shard:
         Raises:
             UserError: the shard does not hold them, or one is damaged.
         """
-        place = first - self.header.start
-        if not 0 <= place <= place + count <= len(self.index):
-            raise self.bad(f"holds samples {self.header.start} to {self.header.end}, asked for {first}")
-        entries = self.index[place : place + count]
+        entries = self.entries(first, count)
         if not count:
             return []
         begin, last = int(entries[0]["offset"]), entries[-1]
@@ -258,6 +263,33 @@ class Shard:
         if len(data) != raw or xxhash.xxh3_64_intdigest(data) != checksum:
             raise self.bad(f"sample {sample}: the frame's checksum does not match")
         return data
+
+    def entries(self, first: int, count: int) -> np.ndarray:
+        """What the index says of consecutive samples (INDEX).
+
+        Raises:
+            UserError: the shard does not hold them.
+        """
+        place = first - self.header.start
+        if not 0 <= place <= place + count <= len(self.index):
+            raise self.bad(f"holds samples {self.header.start} to {self.header.end}, asked for {first}")
+        return self.index[place : place + count]
+
+    def parts(self, frames: list[Frame], most: int = MOST_SLOTS) -> Iterator[Planes]:
+        """The same as `planes`, so many slots (rows · K) at a time.
+
+        Raises:
+            UserError: naming the first frame that is not one.
+        """
+        if sum(frame.rows for frame in frames) * self.codec.k <= most:
+            yield self.planes(frames)
+            return
+        for frame in frames:
+            try:
+                for data, rows in self.codec.split(frame.data, frame.rows, most):
+                    yield self.codec.decode([data], [rows])
+            except ValueError as error:
+                raise self.bad(f"sample {frame.sample}: {error}") from None
 
     def planes(self, frames: list[Frame]) -> Planes:
         """The rows of some of its frames, one after the other.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -61,15 +62,18 @@ class Source:
             if info.get("size") is None:
                 raise OSError("the server does not say how long it is")
             return int(info["size"])
-        if os.path.isdir(self.place):
+        found = os.stat(self.place)
+        if stat.S_ISDIR(found.st_mode):
             raise IsADirectoryError(21, "is a folder", str(self.place))
-        return os.stat(self.place).st_size
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError("is a pipe, a socket or a device, not a file")
+        return found.st_size
 
     def read(self, start: int, length: int) -> bytes:
         """A range; shorter where the file ends."""
         if self.fs is not None:
             return bytes(_asked(self.fs.cat_file, self.place, start=start, end=start + length)) if length else b""
-        handle = os.open(self.place, os.O_RDONLY)
+        handle = os.open(self.place, os.O_RDONLY | os.O_NONBLOCK)  # a pipe in its place would wait for a writer
         try:
             found = os.pread(handle, length, start)
             while len(found) < length and (more := os.pread(handle, length - len(found), start + len(found))):

@@ -26,12 +26,12 @@ from ki_ds.errors import UserError
 from ki_ds.kernels.select.pack import planes_of
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.progress import Progress
-from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, begun, prepare, read_manifest, reopen, state
+from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, prepare, reopen, state
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.distortion import Bound, Distortion, check_bound
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.header import FolderHeader
-from ki_ds.targets.manifest import TargetFacts, renamed, seal_targets
+from ki_ds.targets.manifest import MOST_SHARDS, TargetFacts, begun_grid, open_folder, seal_targets
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import FrameBlock, pack_block, write_shard
 from ki_ds.teaching.claims import Claims, sealed_by_one, shared
@@ -70,15 +70,20 @@ def teach(folder: Path, identity: Identity, job: TeachJob, device: torch.device)
     sealed, samples, per_shard = None, job.samples, job.samples_per_shard
     if distributed.rank() == 0:
         found = state(folder, identity)
-        if found in ("sealed", "unsealed"):  # what was stored once stays, on its own grid of shards
-            facts = renamed(begun(folder))
-            samples = max(samples, facts.get("samples", 0))
-            per_shard = facts.get("samples_per_shard", per_shard)
+        if found in ("sealed", "unsealed"):
+            stored, per_shard = begun_grid(folder, per_shard)
+            samples = max(samples, stored)
         elif found == "other" and not (folder / MANIFEST).exists() and not any(folder.glob("*.kit")):
             (folder / UNSEALED).unlink()  # begun with other settings, but nothing was stored
         grid = {"samples_per_shard": per_shard}
+        if -(-samples // per_shard) > MOST_SHARDS:
+            raise UserError(
+                f"{folder}: {samples} samples in shards of {per_shard} are more than {MOST_SHARDS} files; expected a "
+                "larger samples_per_shard"
+            )
         if found == "sealed" and not complete(folder, samples):
             # a longer run than before, or a shard that was set aside: what is missing is added
+            check_unchanged(folder)
             reopen(folder, identity, {**grid, "samples": samples})
         sealed = prepare(folder, identity, grid)
     sealed, samples, per_shard = distributed.broadcast_object((sealed, samples, per_shard))
@@ -90,13 +95,8 @@ def teach(folder: Path, identity: Identity, job: TeachJob, device: torch.device)
     if claims.left:
         fill(shards, claims, job, device)
 
-    def seal() -> Manifest:
-        for path in folder.glob("*.kit"):
-            if not shards.fits(path.name):  # the last, partial shard of another length; whole ones serve a longer run
-                path.unlink(missing_ok=True)
-        return seal_targets(folder, identity, TargetFacts(samples, per_shard, job.header))
-
-    return sealed_by_one(claims, seal, f"teach {folder.name}")
+    facts = TargetFacts(samples, per_shard, job.header)
+    return sealed_by_one(claims, lambda: seal_targets(folder, identity, facts), f"teach {folder.name}")
 
 
 def fill(shards: ShardFolder, claims: Claims, job: TeachJob, device: torch.device) -> None:
@@ -152,10 +152,19 @@ def complete(folder: Path, samples: int) -> bool:
     """Whether a sealed folder has all its shards, for so many samples or more."""
     if not (folder / MANIFEST).exists():
         return False
-    facts = renamed(read_manifest(folder)["facts"])
-    return (
-        facts["samples"] >= samples and not ShardFolder(folder, facts["samples"], facts["samples_per_shard"]).missing()
-    )
+    stored = open_folder(folder)
+    return stored.samples >= samples and not stored.missing()
+
+
+def check_unchanged(folder: Path) -> None:
+    """Check the shards of a sealed folder before it is sealed anew, and its manifest vouches for them again.
+
+    Raises:
+        UserError: one is damaged, or another than it was.
+    """
+    stored = open_folder(folder)
+    for number in {*range(len(stored))} - {*stored.missing()}:
+        stored.shard(number)
 
 
 def compute(

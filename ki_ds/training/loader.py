@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -14,7 +15,7 @@ from ki_ds.corpus.stream import CorpusStream, Mix
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.targets.codec import Codec, Planes
-from ki_ds.targets.folder import ShardFolder, Targets
+from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.source import Place
 from ki_ds.training.batches import Batch, MicroBatch, TargetCollator, host_tensor
 
@@ -34,18 +35,19 @@ class CorpusReader:
         sequences, views = self.stream.pairs(samples_B)
         return self.viewer(self.tokens[sequences], sequences, views)
 
-    def prove_alignment(self, folder: Place, stored_B: np.ndarray, view: View, targets: Targets) -> None:
+    def prove_alignment(self, folder: Place, stored_B: np.ndarray, view: View, entries_B: np.ndarray) -> None:
         """Compare what the teacher saw with what the student is about to see.
 
         Args:
             folder: of the targets.
-            stored_B: the samples that they were read at.
+            stored_B: the samples that they are read at.
+            entries_B: what the shards' indices say of these.
 
         Raises:
             UserError: they differ; names the first sample.
         """
         shown = zip(self.viewer.digests(view).tolist(), view.loss_mask_BS.sum(axis=1).tolist(), strict=True)
-        seen = zip(targets.digests, targets.rows, strict=True)
+        seen = zip(entries_B["digest"].tolist(), entries_B["rows"].tolist(), strict=True)
         for sample, theirs, ours in zip(stored_B.tolist(), seen, shown, strict=True):
             if theirs != ours:
                 raise misaligned(folder, sample, self.name)
@@ -136,9 +138,8 @@ class Loader:
     def _read(self, reader: CorpusReader, targets: ShardFolder, samples_B: np.ndarray, view: View) -> Planes:
         began = time.perf_counter()
         stored_B = reader.stream.first_samples(samples_B)
-        found = targets.read(stored_B)
+        found = targets.read(stored_B, partial(reader.prove_alignment, targets.folder, stored_B, view))
         self.reading_s += time.perf_counter() - began
-        reader.prove_alignment(targets.folder, stored_B, view, found)
         return found.planes
 
 

@@ -17,7 +17,7 @@ from ki_ds import sealed
 from ki_ds.errors import UserError
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.folder import ShardFolder
-from ki_ds.targets.manifest import open_folder
+from ki_ds.targets.manifest import TargetFacts, open_folder, seal_targets
 from ki_ds.targets.shard import Shard, shard_name
 
 WRITER = """
@@ -180,5 +180,5 @@ def test_disk_that_is_full_to_the_last_byte(small_disk):
     assert [path.name for path in folder.iterdir()] == ["unsealed.json"]
     (small_disk / "other").unlink()
     fill(folder)
-    sealed.seal(folder, IDENTITY, FACTS)
+    seal_targets(folder, IDENTITY, TargetFacts.read(FACTS))
     assert_read(open_folder(folder), [*range(10)])

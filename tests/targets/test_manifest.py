@@ -17,7 +17,7 @@ def finished(tmp_path):
     """A sealed folder."""
     sealed.prepare(tmp_path / "made", IDENTITY)
     fill(tmp_path / "made")
-    sealed.seal(tmp_path / "made", IDENTITY, FACTS)
+    seal_targets(tmp_path / "made", IDENTITY, TargetFacts.read(FACTS))
     return tmp_path / "made"
 
 

@@ -3,13 +3,14 @@
 The S3 server is moto's, a process on loopback with an empty account; nothing leaves the machine.
 """
 
-import json
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers.folders import forge
 from helpers.servers import BUCKET, PER_SHARD, S3, SAMPLES, Plain, make, refused, same
 
 from ki_ds import sealed
@@ -132,10 +133,10 @@ def test_damaged_manifest(local, upload, text):
     refused(f"{there.url}/{sealed.MANIFEST}", open_folder, there.url)
 
 
-def test_manifest_of_another_stage(local, upload):
+def test_manifest_of_another_stage(local, upload, tmp_path):
     there = upload(local)
-    data = json.loads((local / sealed.MANIFEST).read_bytes())
-    there.put(sealed.MANIFEST, json.dumps({**data, "stage": "train"}).encode())
+    forge(shutil.copytree(local, tmp_path / "copy"), stage="train")
+    there.put(sealed.MANIFEST, (tmp_path / "copy" / sealed.MANIFEST).read_bytes())
     assert '"train"' in refused(f"{there.url}/{sealed.MANIFEST}", open_folder, there.url)
 
 

@@ -76,9 +76,9 @@ def test_first_record_that_differs_is_named_and_nothing_behind_it_is_read(aligne
     read = []
 
     class Watched(ShardFolder):
-        def read(self, samples):
+        def read(self, samples, check):
             read.extend(samples.tolist())
-            return super().read(samples)
+            return super().read(samples, check)
 
     watched = Watched(reader.targets.folder, reader.targets.samples, PER_SHARD, reader.targets.header)
     changed = change_one_input(replace(reader, targets=watched), [3, 5])
@@ -102,8 +102,8 @@ def test_targets_shifted_by_one(tmp_path):
     reader = world.readers[0]
 
     class Shifted(ShardFolder):
-        def read(self, samples):
-            return super().read((samples + 1) % self.samples)
+        def read(self, samples, check):
+            return super().read((samples + 1) % self.samples, check)
 
     folder = Shifted(tmp_path / "corpus0", SIZES[0] * 3, PER_SHARD, reader.targets.header)
     misaligned(world, replace(reader, targets=folder))
