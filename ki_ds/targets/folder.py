@@ -16,12 +16,13 @@ from ki_ds.errors import UserError
 from ki_ds.targets import codec
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.header import FolderHeader
-from ki_ds.targets.shard import Frame, Shard, shard_name
+from ki_ds.targets.shard import INDEX, Frame, Shard, shard_name
 from ki_ds.targets.source import Place, join, names
 
 SHARD_NAME = re.compile(r"targets-(\d{9,15})-(\d{9,15})\.kit")
 THREADS = 8  # of reads that wait for a server at the same time
 Run = tuple[int, int]  # (first, count) of consecutive samples within a shard
+Given = TypeVar("Given")
 Found = TypeVar("Found")
 
 
@@ -91,7 +92,11 @@ class ShardFolder:
         Raises:
             UserError: as `read`.
         """
-        return np.concatenate(self._each(lambda run: self._shard_of(run).entries(*run), self._runs(samples)))
+        runs = self._runs(samples)
+        new = list({run[0] // self.per_shard for run in runs} - self.shards.keys())
+        opened = dict(zip(new, self._each(self.shard, new), strict=True))
+        found = [(opened.get(run[0] // self.per_shard) or self._shard_of(run)).entries(*run) for run in runs]
+        return np.frombuffer(b"".join(part.tobytes() for part in found), INDEX)  # numpy concatenates records far more slowly
 
     def parts(self, samples: np.ndarray) -> Iterator[Planes]:
         """The rows of samples, as many at once as take a bounded amount of memory, however many a sample has.
@@ -126,12 +131,12 @@ class ShardFolder:
                 runs.append((sample, 1))
         return runs
 
-    def _each(self, call: Callable[[Run], Found], runs: list[Run]) -> list[Found]:
-        """What a call gives for each run, several at once."""
-        if len(runs) == 1:
-            return [call(runs[0])]
+    def _each(self, call: Callable[[Given], Found], given: list[Given]) -> list[Found]:
+        """What a call gives for each, several at once."""
+        if len(given) <= 1:
+            return [call(one) for one in given]
         self.pool = self.pool or ThreadPoolExecutor(THREADS, thread_name_prefix="targets")
-        return list(self.pool.map(call, runs))
+        return list(self.pool.map(call, given))
 
     def _shard_of(self, run: Run) -> Shard:
         return self.shard(run[0] // self.per_shard)
