@@ -19,6 +19,9 @@ app = typer.Typer(no_args_is_help=True, rich_markup_mode=None, help="Look at, ch
 
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="a targets folder, or its fsspec URL")]
 Workdir = Annotated[Path | None, typer.Option(help="where corpora/ and tokenizer/ are; default: DIR/../..")]
+Made = Annotated[
+    Path | None, typer.Option("--workdir", help="where the corpus is; default: work/<the experiment's name>")
+]
 Corpus = Annotated[str, typer.Option(help="the corpus that the predictions are about")]
 
 
@@ -186,7 +189,7 @@ def ask(
     output: Annotated[Path, typer.Argument(metavar="OUT.parquet", help="the teacher inputs")],
     corpus: Corpus,
     samples: Annotated[int, typer.Option(min=1, help="how far into the corpus's stream")],
-    workdir: Workdir = None, scale: Scale = None, settings: Set = None,
+    workdir: Made = None, scale: Scale = None, settings: Set = None,
 ) -> None:  # fmt: skip
     """Write the teacher inputs, what a teacher elsewhere is to be shown; `import` reads its answers."""
     from ki_ds.exchange.teacher_inputs import write_teacher_inputs
@@ -202,11 +205,11 @@ def ask(
 @app.command("import")
 def import_(
     file: File,
-    answers: Annotated[Path, typer.Argument(metavar="ANSWERS.parquet", help="sample, index, token, ids, logprobs")],
+    answers: Annotated[Path, typer.Argument(metavar="ANSWERS.parquet", help="of `ask`'s questions")],
     output: Annotated[Path, typer.Argument(metavar="DIR", help="the targets folder to make")],
     corpus: Corpus,
     name: Annotated[str, typer.Option(help="of the teacher")] = "imported",
-    workdir: Workdir = None, scale: Scale = None, settings: Set = None,
+    workdir: Made = None, scale: Scale = None, settings: Set = None,
 ) -> None:  # fmt: skip
     """Make targets of predictions made elsewhere; a model with "targets" then teaches them."""
     from ki_ds.exchange.import_ import make

@@ -102,8 +102,8 @@ def export_parquet(parts: Iterator[Table], path: Path) -> int:
 
 
 def export_arrays(parts: Iterator[Table], folder: Path) -> int:
-    """Write tables as safetensors, `rows-<first sample>.safetensors`, ids and log-probabilities flat beside the
-    rows' `ends`; the number of rows."""
+    """Write tables as safetensors, `rows-<number of the first row>.safetensors`, ids and log-probabilities flat beside
+    the rows' `ends`; the number of rows."""
     from safetensors.numpy import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +112,6 @@ def export_arrays(parts: Iterator[Table], folder: Path) -> int:
         arrays = {name: np.ascontiguousarray(values) for name, values in part.scalars().items() if values is not None}
         arrays |= {"ends": np.cumsum(part.count_n, dtype=np.int64), "ids": part.ids_E, part.values: part.values_E}
         if len(part.sample_n):
-            save_file(arrays, folder / f"rows-{int(part.sample_n[0]):09d}.safetensors")
+            save_file(arrays, folder / f"rows-{total:012d}.safetensors")
         total += len(part.sample_n)
     return total

@@ -6,16 +6,16 @@ import shutil
 from pathlib import Path
 
 from ki_ds.errors import UserError
-from ki_ds.exchange.answers import Answers, blocks
+from ki_ds.exchange.answers import MOST_IDS, Answers, blocks
 from ki_ds.exchange.teacher_inputs import TeacherInputs, folder_header
 from ki_ds.experiment.schema import Experiment
 from ki_ds.files import file_digest
-from ki_ds.progress import Progress
+from ki_ds.progress import Progress, say
 from ki_ds.sealed import Identity, prepare, read_unsealed, reopen, state
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.distortion import Distortion, check_bound
 from ki_ds.targets.header import Origin
-from ki_ds.targets.manifest import TargetFacts, open_folder, renamed, seal_targets
+from ki_ds.targets.manifest import TargetFacts, open_folder, read_facts, seal_targets
 from ki_ds.targets.quanta import quantum
 from ki_ds.targets.scalars import Scalar
 from ki_ds.targets.selection import Selection
@@ -30,11 +30,11 @@ def make(
     Raises:
         UserError: the answers do not fit the corpus, or the folder holds something else.
     """
-    answers = Answers(path)
-    longest = answers.longest()
+    answers = Answers(path, every, experiment.sequence_length)
+    longest = answers.longest
     size = inputs.tokenizer.size
-    if not 0 < longest <= min(1024, size):
-        raise UserError(f"{path}: rows of up to {longest} ids; expected 1 to {min(1024, size)}")
+    if not 0 < longest <= min(MOST_IDS, size):
+        raise UserError(f"{path}: rows of up to {longest} ids; expected 1 to {min(MOST_IDS, size)}")
     selection = Selection("top_k", longest)
     scalars: tuple[Scalar, ...] = ("first", *(("truth",) if answers.truth else ()), 1.0)
     how = Codec(size, longest, quantum(experiment.target_distortion.mean), scalars)
@@ -50,7 +50,12 @@ def make(
         reopen(folder, identity)  # a shard was set aside
     found = prepare(folder, identity)
     if found is not None:
-        return int(renamed(found.facts)["samples"])
+        return read_facts(folder)[0].samples
+    if answers.beside:
+        say(f"{path}: rows of {longest} ids, or of these and the true token, as vLLM gives them: that one is left out")
+    if not answers.checksums:
+        say(f"{path}: its pages have no checksums, so that damage to a number may go unseen (write it with "
+            "write_page_checksum=True)")  # fmt: skip
     done, waiting = 0, list[FrameBlock]()
 
     def flush() -> None:
@@ -70,5 +75,6 @@ def make(
             flush()
     if not done:
         raise UserError(f"{path}: has no rows")
-    seal_targets(folder, identity, TargetFacts(done, per_shard, header))
+    said = {"answers": {"page_checksums": answers.checksums, "true_token_left_out": answers.beside}}
+    seal_targets(folder, identity, TargetFacts(done, per_shard, header), said)
     return done

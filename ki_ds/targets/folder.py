@@ -96,7 +96,7 @@ class ShardFolder:
         new = list({run[0] // self.per_shard for run in runs} - self.shards.keys())
         opened = dict(zip(new, self._each(self.shard, new), strict=True))
         found = [(opened.get(run[0] // self.per_shard) or self._shard_of(run)).entries(*run) for run in runs]
-        return np.frombuffer(b"".join(part.tobytes() for part in found), INDEX)  # numpy concatenates records far more slowly
+        return np.frombuffer(b"".join(part.tobytes() for part in found), INDEX)  # numpy is slow with records
 
     def parts(self, samples: np.ndarray) -> Iterator[Planes]:
         """The rows of samples, as many at once as take a bounded amount of memory, however many a sample has.

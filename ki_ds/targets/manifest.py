@@ -116,9 +116,12 @@ def open_folder(folder: Place) -> ShardFolder:
     return ShardFolder(folder, facts.samples, facts.samples_per_shard, facts.header, digests=data.get("digests"))
 
 
-def seal_targets(folder: Path, identity: sealed.Identity, facts: TargetFacts) -> sealed.Manifest:
+def seal_targets(
+    folder: Path, identity: sealed.Identity, facts: TargetFacts, more: dict[str, Any] | None = None
+) -> sealed.Manifest:
     """Seal a targets folder whose shards are all there. Its sub-folders are not part of it: in them lies who computes
     what, and what was set aside. Nor is the last, partial shard of a shorter run, which stays for its readers.
+    `more`: further facts, for people to read.
 
     Raises:
         UserError: a shard is damaged.
@@ -126,7 +129,8 @@ def seal_targets(folder: Path, identity: sealed.Identity, facts: TargetFacts) ->
     shards = ShardFolder(folder, facts.samples, facts.samples_per_shard)
     beside = [entry.name for entry in folder.iterdir() if entry.is_dir()]
     beside += [path.name for path in folder.glob("*.kit") if not shards.fits(path.name)]
-    return sealed.seal(folder, identity, facts.record, tuple(beside), synced="*.kit", digest_of=_digest)
+    said = {**facts.record, **(more or {})}
+    return sealed.seal(folder, identity, said, tuple(beside), synced="*.kit", digest_of=_digest)
 
 
 def _digest(file: Path) -> str:

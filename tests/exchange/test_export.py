@@ -3,8 +3,10 @@
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from helpers.exchange import run
+from helpers.exchange import SAMPLES, imported, run
 from safetensors.numpy import load_file
+
+from ki_ds.targets.manifest import open_folder
 
 
 def test_export_gives_back_what_was_imported(world, tmp_path):
@@ -32,6 +34,41 @@ def test_arrays_hold_the_same_as_parquet(world, tmp_path):
         assert np.array_equal(np.concatenate([one[name] for one in arrays]), np.array(table[name]))
     lists = [ids.tolist() for one in arrays for ids in np.split(one["ids"], one["ends"][:-1])]
     assert lists == table["ids"]
+
+
+def test_what_is_exported_can_be_imported(world, tmp_path):
+    """Rows whose whole mass is kept sum to more than 1 as they are stored."""
+    root, file, _ = world
+    rng, rows = np.random.default_rng(5), []
+    for row in world[2]:
+        ids, p = rng.choice(400, 20, replace=False), np.sort(rng.dirichlet(np.full(20, 0.3)) + 1e-9)[::-1]
+        logp = np.log(p / p.sum())
+        ids[0] = row["token"] if row["token"] not in ids else ids[0]
+        truth = dict(zip(ids.tolist(), logp.tolist(), strict=True)).get(row["token"], -30.0)
+        rows.append({**row, "ids": ids.tolist(), "logprobs": logp.tolist(), "truth": truth})
+    imported(world, rows, tmp_path, code=0)
+    stored = open_folder(tmp_path / "made@a")
+    read = stored.read(np.arange(SAMPLES))
+    mass = np.exp(stored.codec.log_probabilities(read.planes).astype(np.float64)).sum(axis=1)
+    assert mass.max() > 1.0015  # more than import lets pass
+    run("export", tmp_path / "made@a", tmp_path / "out.parquet", "--workdir", root / "work")
+    given = pq.read_table(tmp_path / "out.parquet").to_pylist()
+    assert max(np.exp(row["logprobs"]).sum() for row in given) < 1 + 1e-6
+    assert all(row["truth"] <= row["logprobs"][0] for row in given)
+    arguments = ("--corpus", "a", "--workdir", root / "work")
+    said = run("import", file, tmp_path / "out.parquet", tmp_path / "again@a", *arguments)
+    assert f"{SAMPLES} samples" in said and "no checksums" not in said
+    again = open_folder(tmp_path / "again@a").read(np.arange(SAMPLES))
+    np.testing.assert_array_equal(again.planes.ids_nK, read.planes.ids_nK)
+    assert again.digests == read.digests
+
+
+def test_help_names_arguments_that_exist():
+    for command in ("ask", "import", "export", "verify"):
+        said = run(command, "--help")
+        assert ("DIR/../.." in said) == (
+            "DIR" in said.split("Arguments:")[1].split("Options:")[0] and command != "import"
+        )
 
 
 def test_export_without_the_corpus_says_so_and_leaves_columns_out(copy, tmp_path):

@@ -10,6 +10,7 @@ from helpers.commands import folder_digest
 from helpers.exchange import SAMPLES, answer, damage, imported, run
 from helpers.folders import forge
 
+from ki_ds.errors import UserError
 from ki_ds.experiment.graph import load_experiment
 from ki_ds.sealed import read_manifest
 from ki_ds.targets.manifest import open_folder
@@ -185,3 +186,20 @@ def test_damaged_import_is_mended_by_importing_again(world, tmp_path):
 def test_column_position_is_refused_with_its_new_name(world, tmp_path):
     rows = [{("position" if name == "sample" else name): value for name, value in row.items()} for row in world[2]]
     assert "a column position, which is now called sample" in imported(world, rows, tmp_path)
+
+
+def test_student_refuses_targets_of_longer_sequences(world, copy):
+    """Before it reads any: how much they take is bounded by its own sequence length."""
+    from ki_ds.experiment.graph import trained_models
+    from ki_ds.stages import student_data
+    from ki_ds.workspace import Workspace
+
+    root, file, _ = world
+    space = Workspace(load_experiment(file, None, (f'models.big.targets={{"a": "{copy}"}}',)), file, root / "work")
+    student = trained_models(space.experiment)["student"]
+    assert student_data.targets(space, student, "a").samples == SAMPLES
+    facts = read_manifest(copy)["facts"]
+    facts["header"]["sequence_length"] = 1 << 20
+    forge(copy, facts=facts)
+    with pytest.raises(UserError, match="of sequences of 1048576 tokens; expected sequence_length 24"):
+        student_data.targets(space, student, "a")
