@@ -41,9 +41,9 @@ def _sha(file: Any) -> str:  # Python 3.10
     return whole.hexdigest()[:32]
 
 
-def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
+def write_atomically(path: Path, data: bytes | Iterable[bytes], keep: bool = False) -> None:
     """Write bytes, or several one after the other, to a temporary name, flush to disk, rename: the file is whole or
-    absent.
+    absent. `keep`: a file that is there stays (as far as the file system can do that).
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -54,12 +54,25 @@ def write_atomically(path: Path, data: bytes | Iterable[bytes]) -> None:
             file.writelines([data] if isinstance(data, bytes) else data)
             file.flush()
             _flush(file.fileno())
-        os.replace(temporary, path)
+        if not keep or not _linked(temporary, path):
+            os.replace(temporary, path)
         sync(path.parent)
     except OSError as error:
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise UserError(f"{path}: cannot be written: {error.strerror}. {remedy(error)}") from None
+
+
+def _linked(temporary: Path, path: Path) -> bool:
+    """Whether a file has its name now, or another has; False where the file system knows no links."""
+    try:
+        os.link(temporary, path)
+    except FileExistsError:
+        pass
+    except OSError:
+        return False
+    temporary.unlink()
+    return True
 
 
 @contextlib.contextmanager

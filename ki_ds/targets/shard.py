@@ -90,8 +90,10 @@ def pack_block(
     return FrameBlock(frames, index, int(planes.count_n.sum(dtype=np.int64)), distortion_n)
 
 
-def write_shard(path: Path, header: FolderHeader, start: int, blocks: Sequence[FrameBlock]) -> ShardHeader:
-    """Write the shard of the samples from `start` on. Returns its whole header.
+def write_shard(
+    path: Path, header: FolderHeader, start: int, blocks: Sequence[FrameBlock], keep: bool = False
+) -> ShardHeader:
+    """Write the shard of the samples from `start` on, or `keep` the one that is there. Returns its whole header.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -108,7 +110,7 @@ def write_shard(path: Path, header: FolderHeader, start: int, blocks: Sequence[F
     table = index.tobytes()
     footer = FOOTER.pack(at, len(index), xxhash.xxh3_64_intdigest(table), MAGIC)
     prefix = PREFIX.pack(MAGIC, VERSION, len(text), xxhash.xxh3_64_intdigest(text))
-    write_atomically(path, [prefix, text, *(frame for block in blocks for frame in block.frames), table, footer])
+    write_atomically(path, [prefix, text, *(frame for block in blocks for frame in block.frames), table, footer], keep)
     return said
 
 

@@ -136,13 +136,13 @@ def fill(shards: ShardFolder, claims: Claims, job: TeachJob, device: torch.devic
 
 
 def store(path: Path, job: TeachJob, start: int, blocks: list[FrameBlock]) -> None:
-    """Write a shard, which another rank may be writing too.
+    """Write a shard, which another rank may be writing too: the first stays, since a manifest may already vouch for it.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
     """
     try:
-        write_shard(path, job.header, start, blocks)
+        write_shard(path, job.header, start, blocks, keep=True)
     except UserError:
         if not path.exists():  # it was written by another rank, and its sealing has tidied up here
             raise

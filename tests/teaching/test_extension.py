@@ -1,19 +1,25 @@
 """A targets folder that a longer run extends: what is vouched for anew is what was there, and readers read on."""
 
+import errno
 import json
+import os
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from helpers.folders import forge
+from helpers.shards import HOW, block
 from helpers.teaching import made, opened
 
 from ki_ds import sealed
 from ki_ds.errors import UserError
 from ki_ds.stages.teach import Teach
+from ki_ds.targets.header import FolderHeader
 from ki_ds.targets.manifest import open_folder
+from ki_ds.targets.shard import Shard
 from ki_ds.teaching import job as module
-from ki_ds.teaching.job import complete, teach
+from ki_ds.teaching.job import complete, store, teach
 
 
 @pytest.fixture(scope="module")
@@ -85,3 +91,23 @@ def test_more_shards_than_a_manifest_can_list_are_refused_before_anything_runs(f
     monkeypatch.setattr(module, "MOST_SHARDS", 2)
     with pytest.raises(UserError, match="40 samples in shards of 16 are more than 2 files; expected a larger"):
         taught(file, folder.parents[1], 5)
+
+
+def test_shard_of_the_rank_that_was_first_stays(tmp_path):
+    """The slower one's may differ by rounding, and the folder may be sealed meanwhile."""
+    header = FolderHeader(64, HOW)
+    job = SimpleNamespace(header=header)
+    store(tmp_path / "x.kit", job, 0, [block(range(4))])
+    first = (tmp_path / "x.kit").read_bytes()
+    store(tmp_path / "x.kit", job, 0, [block(range(10, 14))])
+    assert (tmp_path / "x.kit").read_bytes() == first
+    assert [path.name for path in tmp_path.iterdir()] == ["x.kit"]
+
+
+def test_shard_is_written_where_the_file_system_knows_no_links(tmp_path, monkeypatch):
+    def refuse(*paths):
+        raise OSError(errno.EPERM, "not permitted")
+
+    monkeypatch.setattr(os, "link", refuse)
+    store(tmp_path / "x.kit", SimpleNamespace(header=FolderHeader(64, HOW)), 0, [block(range(4))])
+    assert Shard(tmp_path / "x.kit").header.end == 4 and [path.name for path in tmp_path.iterdir()] == ["x.kit"]
