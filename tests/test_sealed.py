@@ -160,7 +160,7 @@ def test_another_identity_is_refused_with_the_keys_that_differ(folder, finished)
     text = refusal(prepare, folder, TWO)
     assert text.startswith(f"{folder}: made from another experiment, corpus or configuration; ")
     assert 'config.seed: found 1, expected 2; inputs.tokenizer: found "aaaa", expected "bbbb". ' in text
-    assert "validation" not in text and f"remove {folder} to make it again" in text
+    assert "validation" not in text and f"`ki-ds run --redo`, or remove the folder {folder}." in text
     assert state(folder, TWO) == "other" and contents(folder) == before
 
 

@@ -48,6 +48,7 @@ def preflight(space: Workspace, chosen: Iterable[Stage], ranks: int, here: bool 
         UserError: with every problem found, a line each.
     """
     refusals, chosen = Refusals(), list(chosen)
+    refusals.gather(_check_inputs, space, chosen)
     if any(stage.launched for stage in chosen):
         refusals.gather(lambda: space.engine_config)
     for stage in chosen:
@@ -87,7 +88,6 @@ def run(space: Workspace, launch: Launch, command: str | None = None, name: str 
         known = ", ".join(stage.name for stage in of_command)
         raise UserError(f'there is no stage "{name}"; the experiment has {known}')
     preflight(space, chosen, launch.processes, launch.hostfile is None)
-    _check_inputs(space, every, chosen)
     again = touched(space) if space.redo else {}  # sealed or not: what they stand on is made again
     waiting: list[Stage] = []  # launched stages in a row share one launch
     for stage in chosen:
@@ -105,13 +105,13 @@ def run(space: Workspace, launch: Launch, command: str | None = None, name: str 
     return chosen
 
 
-def _check_inputs(space: Workspace, every: Sequence[Stage], chosen: Sequence[Stage]) -> None:
+def _check_inputs(space: Workspace, chosen: Sequence[Stage]) -> None:
     """Check that what the chosen stages read is there, or is made by one of them.
 
     Raises:
         UserError: it is not finished, or was made for another experiment.
     """
-    makers = {stage.folder: stage for stage in every}
+    makers = {stage.folder: stage for stage in stages(space.experiment)}
     for stage in chosen:
         for maker in (makers[read] for read in stage.inputs(space.experiment)):
             if maker in chosen:

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 
+from helpers.folders import forge
 from ki_ds.experiment.schema import Experiment
 
 STEPS = 16
@@ -62,11 +63,11 @@ def write_model(workdir, name, last, teacher_steps=0, every=4, corpora=("docs",)
         "schema": 1,
         "config": {},
         "inputs": {},
-        "fingerprint": "0",
         "facts": facts,
         "files": {},
     }
     (folder / "manifest.json").write_text(json.dumps({**record, "versions": {"torch": "2.9"}}))
+    forge(folder)
 
 
 def write_result(workdir, name, perplexity, corpus="docs", nats=None):

@@ -6,11 +6,13 @@ import json
 import numpy as np
 from helpers import documented
 from helpers.engines import Loader, new_engine, tiny_run, world  # noqa: F401
+from helpers.folders import forge
 from helpers.reports import make_experiment, read_summary, write_model, write_result
 
 from ki_ds.corpus.masking import Viewer
 from ki_ds.metrics import FIELDS
 from ki_ds.report.page import report
+from ki_ds.sealed import read_manifest
 from ki_ds.training.loop import train
 
 
@@ -25,10 +27,8 @@ def test_fields_of_metrics_are_documented(tmp_path):
 def test_fields_of_a_summary_are_documented(workdir):
     for name, nats in (("student-v1.0", [1, 2, 3, 4]), ("large", [2, 3, 4, 6])):
         write_result(workdir, name, 100.0, nats=nats)
-    manifest = workdir / "models" / "large" / "manifest.json"
-    record = json.loads(manifest.read_text())
-    record["facts"]["diverged"] = {"docs": {"first": 2000.0, "now": 1e9}}
-    manifest.write_text(json.dumps(record))
+    folder = workdir / "models" / "large"
+    forge(folder, facts=read_manifest(folder)["facts"] | {"diverged": {"docs": {"first": 2000.0, "now": 1e9}}})
     report(make_experiment(taught={"teacher_steps": 8}), workdir)
     found = [read_summary(workdir)]
     write_model(workdir, "student-v1.0", 400.0)  # learns alone, and never gets there

@@ -1,14 +1,15 @@
 """What a report tells beside the savings: how models were made, and what to be wary of."""
 
-import json
 import os
 
 import numpy as np
 import pytest
+from helpers.folders import forge
 from helpers.reports import CURVES, STEPS, Page, make_experiment, read_summary, write_model, write_result
 
 from ki_ds.report.page import report
 from ki_ds.report.words import words
+from ki_ds.sealed import read_manifest
 
 
 def test_ends_are_those_of_the_results(workdir):
@@ -62,10 +63,8 @@ def test_students_of_one_baseline_share_a_figure(workdir):
 
 
 def test_a_diverged_model_is_warned_of(workdir):
-    manifest = workdir / "models" / "large" / "manifest.json"
-    record = json.loads(manifest.read_text())
-    record["facts"]["diverged"] = {"docs": {"first": 2000.0, "now": 2.8e18}}
-    manifest.write_text(json.dumps(record))
+    folder = workdir / "models" / "large"
+    forge(folder, facts=read_manifest(folder)["facts"] | {"diverged": {"docs": {"first": 2000.0, "now": 2.8e18}}})
     path = report(make_experiment(), workdir)
     said = "WARNING: large has diverged: validation perplexity on docs 2.8e+18, at first 2000."
     assert said in Page(path).text and words(read_summary(workdir))[0].startswith(said)
@@ -73,10 +72,12 @@ def test_a_diverged_model_is_warned_of(workdir):
 
 def test_an_imported_teacher_is_unknown_and_not_free(workdir):
     for cost in (0.0, None):
-        manifest = workdir / "models" / "student-v1.0" / "manifest.json"
-        record = json.loads(manifest.read_text())
-        record["facts"]["teachers"] = {"docs": {"model": "theirs", "flops_per_sequence": cost, "share": 1.0}}
-        manifest.write_text(json.dumps(record))
+        folder = workdir / "models" / "student-v1.0"
+        forge(
+            folder,
+            facts=read_manifest(folder)["facts"]
+            | {"teachers": {"docs": {"model": "theirs", "flops_per_sequence": cost, "share": 1.0}}},
+        )
         path = report(make_experiment(imported="theirs"), workdir)
         text = Page(path).text
         assert "its teacher theirs at unknown." in text and "no finite value" not in text

@@ -95,7 +95,7 @@ def test_folder_that_lacks_what_is_asked_is_refused_with_the_key_and_the_remedy(
         pipeline.run(space, pipeline.Launch([], 1, None), "train")
     said = str(refused.value)
     assert f"targets/{name}: made from another experiment" in said and difference in said
-    assert f"or remove {work / 'targets' / name} to make it again" in said
+    assert f"or remove the folder {work / 'targets' / name}." in said
 
 
 def test_tail_at_another_temperature_is_never_read_as_this_one(selections):
