@@ -191,13 +191,23 @@ def _identity(record: dict[str, Any]) -> dict[str, Any]:
     return {key: record[key] for key in ("stage", "schema", "config", "inputs")}
 
 
+def made_of(path: Path) -> dict[str, Any]:
+    """The record of the identity that a folder, sealed or being filled, was made for; empty where there is neither.
+
+    Raises:
+        UserError: it is unreadable, or of another schema.
+    """
+    found = next((path / name for name in (MANIFEST, UNSEALED) if (path / name).exists()), None)
+    return _identity(_read(found)) if found else {}
+
+
 def check_identity(path: Path, identity: Identity) -> None:
     """Check that a folder with a manifest, or one that is being filled, was made for this identity.
 
     Raises:
         UserError: naming the keys that differ.
     """
-    found = _identity(_read(path / (MANIFEST if (path / MANIFEST).exists() else UNSEALED)))
+    found = made_of(path)
     if digest(found) != identity.fingerprint:
         differ = differences(found, identity.record)
         notes = [note for place, note in identity.notes.items() if any(one.startswith(f"{place}: ") for one in differ)]
@@ -236,10 +246,9 @@ def prepare(path: Path, identity: Identity, facts: dict[str, Any] | None = None)
 
 
 def reopen(path: Path, identity: Identity, facts: dict[str, Any] | None = None) -> None:
-    """Make a sealed folder ready to be added to: it is unsealed before anything changes."""
-    if (path / MANIFEST).exists():
-        write_atomically(path / UNSEALED, _pretty({**identity.record, "facts": facts or {}}))
-        (path / MANIFEST).unlink()
+    """Make a folder, sealed or being filled, ready to be added to: it is unsealed before anything changes."""
+    write_atomically(path / UNSEALED, _pretty({**identity.record, "facts": facts or {}}))
+    (path / MANIFEST).unlink(missing_ok=True)
 
 
 def aside(path: Path) -> Path:

@@ -39,8 +39,8 @@ class Checkpoint:
     groups: list[dict[str, list[int]]]  # names and shapes of the parameters in the optimizer's groups
 
 
-def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any]) -> None:
-    """Write checkpoint `step`, of the run that `state` names; the last `keep` are kept.
+def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any], always: int = 0) -> None:
+    """Write checkpoint `step`, of the run that `state` names; the last `keep` are kept, and that of step `always`.
 
     Raises:
         UserError: the disk is full or the folder cannot be written.
@@ -67,14 +67,30 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any])
         write_atomically(here / RECORD, json.dumps(record, indent=1).encode())
         write_atomically(folder / "latest", tag.encode())  # for DeepSpeed's own tools
         for old in _folders(folder)[:-keep]:
-            shutil.rmtree(old)
+            if _step(old) != always:
+                shutil.rmtree(old)
     distributed.barrier()
 
 
 def _folders(folder: Path) -> list[Path]:
     """Of all checkpoints, whole or not, by step."""
-    named = {here: here.name.removeprefix("step-") for here in folder.glob("step-*")}
-    return sorted((here for here, step in named.items() if step.isdecimal()), key=lambda here: int(named[here]))
+    return sorted((here for here in folder.glob("step-*") if here.name[5:].isdecimal()), key=_step)
+
+
+def _step(here: Path) -> int:
+    return int(here.name[5:])
+
+
+def reaches(folder: Path, step: int) -> bool:
+    """Whether there is a whole checkpoint of at most so many steps."""
+    return any(_step(here) <= step and not _damage(here) for here in _folders(folder))
+
+
+def go_back(folder: Path, step: int) -> None:
+    """Remove the checkpoints of more than so many steps; one rank calls this."""
+    for here in reversed(_folders(folder)):
+        if _step(here) > step:
+            shutil.rmtree(here)
 
 
 def _is_own(file: Path) -> bool:
@@ -245,7 +261,7 @@ def export(engine: Any, folder: Path) -> None:
     partitioned = engine.zero_optimization_stage() == 3
     with deepspeed.zero.GatheredParameters(list(model.parameters()), enabled=partitioned):
         if distributed.rank() == 0:
-            begun = folder.with_name(f"{folder.name}.begun")
+            begun = _begun(folder)
             for old in (begun, folder):
                 shutil.rmtree(old, ignore_errors=True)
             try:
@@ -256,3 +272,14 @@ def export(engine: Any, folder: Path) -> None:
             finally:
                 shutil.rmtree(begun, ignore_errors=True)
     distributed.barrier()
+
+
+def withdraw(folder: Path) -> None:
+    """Give an exported model, which is to be written anew, the name of one that is not whole; one rank calls this."""
+    if folder.exists():
+        shutil.rmtree(_begun(folder), ignore_errors=True)
+        folder.rename(_begun(folder))
+
+
+def _begun(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.begun")

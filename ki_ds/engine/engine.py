@@ -90,9 +90,9 @@ class Engine:
         """Go on from the last whole checkpoint: the number of steps done, as `checkpoints.resume` says."""
         return checkpoints.resume(self.deepspeed, folder, state, trusted)
 
-    def save(self, folder: Path, step: int, keep: int, state: dict[str, Any]) -> None:
+    def save(self, folder: Path, step: int, keep: int, state: dict[str, Any], always: int = 0) -> None:
         """Write checkpoint `step`, as `checkpoints.save` says."""
-        checkpoints.save(self.deepspeed, folder, step, keep, state)
+        checkpoints.save(self.deepspeed, folder, step, keep, state, always)
 
     def export(self, folder: Path) -> None:
         """Write the finished model as a Hugging Face folder; afterwards this engine must not be used."""

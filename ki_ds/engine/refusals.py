@@ -17,7 +17,7 @@ OWNED = {
     "train_micro_batch_size_per_gpu": "train.micro_batch_size",
     "gradient_accumulation_steps": "train.batch_size and train.micro_batch_size",
     "gradient_clipping": "train.gradient_clipping",
-    "scheduler": "train.learning_rate and train.warmup",
+    "scheduler": "train.learning_rate and train.schedule",
 }
 KNOWN = (
     "fp16", "bf16", "zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "optimizer",

@@ -41,8 +41,20 @@ def alpha(inherit: Inherit | None, step: int, steps: int) -> float:
 
 
 def learning_rate(train: Train, step: int) -> float:
-    """Of step 0 … T - 1: linear from lr / warm-up steps to lr, then linear to lr / remaining steps, never zero."""
-    warmup = round(train.warmup * train.steps)
+    """Of step 0 … T - 1: linear from lr / warm-up steps to lr, then lr, then linear from lr to lr / decay steps, never
+    zero; the decay is all that follows the warm-up, or nothing, or `decay_steps`."""
+    warmup = round(train.warmup * train.steps) if train.warmup_steps is None else train.warmup_steps
+    decay = train.steps - warmup if train.schedule == "linear" else train.decay_steps or 0
     if step < warmup:
         return train.learning_rate * (step + 1) / warmup
-    return train.learning_rate * (train.steps - step) / (train.steps - warmup)
+    if step < train.steps - decay:
+        return train.learning_rate
+    return train.learning_rate * (train.steps - step) / decay
+
+
+def shared_steps(train: Train, inherit: Inherit | None) -> int:
+    """How many of its first steps a run has in common with every longer one that is otherwise the same: where its
+    learning rate or its α goes by T, none."""
+    if train.schedule == "linear" or (inherit is not None and inherit.alpha_T is not None):
+        return 0
+    return train.steps - (train.decay_steps or 0)

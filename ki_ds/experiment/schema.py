@@ -72,12 +72,8 @@ class DatasetSource(Strict):
 
 
 SOURCE_KINDS: dict[str, type[Strict]] = {
-    "text": TextSource,
-    "jsonl": JsonLinesSource,
-    "parquet": ParquetSource,
-    "dataset": DatasetSource,
-}
-
+    "text": TextSource, "jsonl": JsonLinesSource, "parquet": ParquetSource, "dataset": DatasetSource,
+}  # fmt: skip
 
 # The kinds one by one: at "matches none of four" an editor would underline the whole source for a typo in it.
 SOURCE_SCHEMA = {
@@ -170,7 +166,7 @@ class Train(Strict):
     on: Annotated[dict[Name, Annotated[float, Field(gt=0, le=1e9)]], Field(min_length=1)] = Field(
         description="corpora and their weights in the mix"
     )
-    steps: Positive = Field(description="T: updates in all, over which the learning rate rises and falls")
+    steps: Positive = Field(description="T: updates in all")
     batch_size: Sequences = Field(description="sequences a step, over all ranks")
     learning_rate: Annotated[float, Field(gt=0, le=1000)] = Field(description="the highest, at the end of the warm-up")
     micro_batch_size: Sequences | None = Field(
@@ -179,7 +175,12 @@ class Train(Strict):
     optimizer: Literal["adamw", "lamb"] = Field(
         "adamw", description="the algorithm; the engine JSON chooses the implementation (docs/optimizers.md)"
     )
-    warmup: Share = Field(0.1, description="share of the steps in which the learning rate rises linearly")
+    schedule: Literal["linear", "constant", "wsd"] = Field(
+        "linear", description="of the learning rate: it falls linearly after the warm-up; stays; wsd: stays, then falls"
+    )
+    warmup: Share = Field(0.1, description="linear: share of the steps in which the learning rate rises linearly")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="constant and wsd: steps of the rise")
+    decay_steps: Positive | None = Field(None, description="wsd: steps, the last, in which it falls linearly")
     betas: tuple[Beta, Beta] = Field((0.9, 0.98), description="decay of the optimizer's first and second moments")
     epsilon: Annotated[float, Field(gt=0, le=1000)] = Field(1e-6, description="beside the root of the second moment")
     weight_decay: Annotated[float, Field(ge=0, le=1000)] = Field(0.01, description="decoupled; not of biases and norms")
@@ -193,6 +194,18 @@ class Train(Strict):
     @classmethod
     def _tuple(cls, value: Any) -> Any:
         return tuple(value) if isinstance(value, list) else value
+
+    @model_validator(mode="after")
+    def _one_schedule(self) -> Train:
+        own = {"linear": {"warmup"}, "constant": {"warmup_steps"}}.get(self.schedule, {"warmup_steps", "decay_steps"})
+        keys = self.model_fields_set & {"warmup", "warmup_steps", "decay_steps"}
+        given = sorted(key for key in keys if getattr(self, key) is not None)
+        if {*given} | (own & {"warmup"}) != own:  # "warmup" alone has a default
+            needed, found = " and ".join(sorted(own)), " and ".join(given) or "none"
+            raise ValueError(f'"schedule": "{self.schedule}" takes {needed}; it has {found}')
+        if (self.warmup_steps or 0) + (self.decay_steps or 0) > self.steps:
+            raise ValueError('"warmup_steps" and "decay_steps" are together more than "steps"')
+        return self
 
     @property
     def evaluation_steps(self) -> int:

@@ -50,13 +50,16 @@ def trusted(experiment: Experiment, name: str) -> bool:
 
 
 def content(space: Workspace, name: str) -> str:
-    """What later stages know a finished model by: the digest of its weights.
+    """What later stages know a finished model by: the digest of its weights; of one that is to be trained longer first,
+    which no folder was made of, words.
 
     Raises:
         UserError: it is not finished.
     """
-    if space.experiment.models[name].train is not None:
-        return open_sealed(space.root / folder(name)).digest
+    if (train := space.experiment.models[name].train) is not None:
+        found = open_sealed(space.root / folder(name))
+        done = found.facts.get("steps", train.steps)
+        return found.digest if done == train.steps else f"{name} of {train.steps} steps, trained to {done}"
     return pretrained_digest(source(space, name), space.experiment.models[name].trust_remote_code)
 
 

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
+from ki_ds.engine import checkpoints
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import check_device, micro_batch_size
 from ki_ds.engine.engine import Engine
+from ki_ds.errors import UserError
 from ki_ds.experiment.graph import TrainedModel, beyond_vocabulary, needs, taught_by, trained_model, trained_models
+from ki_ds.experiment.schedules import shared_steps
 from ki_ds.experiment.schema import Experiment, Model
 from ki_ds.files import digest, file_digest
 from ki_ds.kernels.dispatch import chosen
@@ -23,7 +27,7 @@ from ki_ds.planning.costs import Cost, model_cost
 from ki_ds.planning.plan import Need, verdict
 from ki_ds.planning.room import Room
 from ki_ds.progress import say
-from ki_ds.sealed import MANIFEST, Identity, read_manifest, seal
+from ki_ds.sealed import MANIFEST, Identity, State, made_of, read_manifest, reopen, seal
 from ki_ds.stages import models, student_data
 from ki_ds.stages.ranks import join, prepared
 from ki_ds.stages.stage import Refusals, Stage, viewing
@@ -78,16 +82,46 @@ class Train(Stage):
                 inputs[f"targets/{corpus}"] = str(read_facts(stored)[1]["fingerprint"])
             else:  # not opened: a shard that is missing is found, and computed, when the stage itself runs
                 inputs[f"targets/{corpus}"] = str(read_manifest(space.root / "targets" / name)["fingerprint"])
-        return Identity(self.kind, config, inputs, {"config.model.train.steps": longer(self.name)})
+        return Identity(self.kind, config, inputs, {"config.model.train.steps": why_not_longer(student)})
+
+    def state(self, space: Workspace) -> State:
+        found = super().state(space)
+        return "unsealed" if found == "other" and self.begins(space, self.identity(space)) else found
+
+    def begins(self, space: Workspace, identity: Identity) -> int:
+        """Up to which step its folder is the beginning of this run, which is longer and otherwise the same; 0: it is
+        not, or has no checkpoint up to there."""
+        folder, student = space.root / self.folder, trained_model(space.experiment, self.name)
+        found = made_of(folder)
+        with suppress(KeyError, TypeError):  # not of a train stage
+            steps = found["config"]["model"]["train"]["steps"]
+            if steps < student.train.steps and course(found, student) == course(identity.record, student):
+                shared = shared_steps(student.train.model_copy(update={"steps": steps}), student.model.inherit)
+                return shared if checkpoints.reaches(folder / "checkpoints", shared) else 0
+        return 0
+
+    def extend(self, space: Workspace, identity: Identity) -> None:
+        """Where its folder is the beginning of this run, go on in it: back to where the two part, and unsealed."""
+        folder = space.root / self.folder
+        if shared := self.begins(space, identity):
+            say(f"  {self}: is trained longer, from a checkpoint of at most {shared} steps")
+            checkpoints.go_back(folder / "checkpoints", shared)  # first: those behind it are of the shorter run alone
+            reopen(folder, identity)
+
+    def check_identity(self, space: Workspace) -> None:
+        folder = space.root / self.folder
+        if (folder / MANIFEST).exists() and self.begins(space, self.identity(space)):
+            raise UserError(f"{folder}: is to be trained longer. Run `ki-ds train`: it goes on in it.")
+        super().check_identity(space)
 
     def progress(self, space: Workspace) -> str:
         done = last_step(space.root / self.folder / "metrics.jsonl")
         return f"{done} of {trained_model(space.experiment, self.name).train.steps} steps" if done else ""
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
-        student, finished = trained_model(space.experiment, self.name), (space.root / self.folder / MANIFEST).exists()
+        student = trained_model(space.experiment, self.name)
         engine = refusals.gather(lambda: space.engine_config)
-        if not finished:
+        if refusals.gather(self.state, space) != "sealed":
             if here and engine is not None:
                 refusals.gather(check_device, engine)
             refusals.gather(micro_batch_size, student.train, ranks, student.place)
@@ -122,8 +156,12 @@ class Train(Stage):
 
     def run(self, space: Workspace) -> None:
         identity, device = join(self, space)
+        if distributed.rank() == 0:
+            self.extend(space, identity)
         if prepared(self, space, identity):
             return
+        if distributed.rank() == 0:
+            checkpoints.withdraw(space.root / self.folder / "model")  # of a shorter run, or of one that was not sealed
         check_device(space.engine_config)
         e, folder, student = space.experiment, space.root / self.folder, trained_model(space.experiment, self.name)
         micro = micro_batch_size(student.train, distributed.world_size(), student.place)
@@ -140,7 +178,7 @@ class Train(Stage):
                 LanguageModel(loaded, space.tokenizer.size, student.place).to(device), student.train, layout,
                 space.engine_config,
             )  # fmt: skip
-        loader, state = student_data.loader(space, student, layout), {"fingerprint": identity.fingerprint}
+        loader, state = student_data.loader(space, student, layout), {"fingerprint": course(identity.record, student)}
         train(engine, loader, run, folder, state, space.trust_checkpoints)
         with heartbeat.lengthy(f"{self}: writing the model"):
             engine.export(folder / "model")
@@ -170,12 +208,28 @@ class Train(Stage):
             seal(folder, identity, facts, leave_out=("checkpoints", "tensorboard"))
 
 
-def longer(name: str) -> str:
-    """The words on other `steps` than a model was trained with."""
-    return (
-        "The learning rate falls to the last of the steps, so what was trained is no beginning of a run with others; "
-        f'to train it on, leave it and add a model with "start_from": "{name}".'
-    )
+def course(record: dict[str, Any], student: TrainedModel) -> str:
+    """What the checkpoints of a run belong to, by the record of its identity; without the number of steps where longer
+    runs begin with the same ones."""
+    train = record["config"]["model"]["train"]
+    if shared_steps(student.train, student.model.inherit):
+        train = {key: value for key, value in train.items() if key != "steps"}
+    model = {**record["config"]["model"], "train": train}
+    return digest({**record, "config": {**record["config"], "model": model}})
+
+
+def why_not_longer(student: TrainedModel) -> str:
+    """The words on a model that was trained with other `steps` and cannot be trained longer in its folder."""
+    train, inherit = student.train, student.model.inherit
+    no_beginning = "what was trained is no beginning of a run with others"
+    if train.schedule == "linear":
+        why = f"The learning rate falls to the last of the steps, so {no_beginning}"
+    elif inherit is not None and inherit.alpha_T is not None:
+        why = f'With "alpha_T" alpha goes by the number of steps, so {no_beginning}'
+    else:
+        before = " of before its decay" if train.schedule == "wsd" else ""
+        why = f"A model is trained longer where nothing but more steps is asked for and a checkpoint{before} is left"
+    return f'{why}; to train it on, leave it and add a model with "start_from": "{student.name}".'
 
 
 def shaping(model: Model) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def train(
         Stopped: a signal asked for it; a checkpoint is saved.
     """
     steps, label = run.train.steps, f"train {run.name}"
-    checkpoints = Checkpoints(folder / "checkpoints", run.train, state, trusted)
+    checkpoints = Checkpoints(folder / "checkpoints", run, state, trusted)
     validation = Validation(run, loader.layout.micro_batch_size)
     first, skipped = checkpoints.resume(engine), SkippedSteps(run)
     progress = Progress(label, steps, "steps", first, distributed.rank() == 0)

@@ -10,6 +10,7 @@ import numpy as np
 
 from ki_ds.corpus.masking import Viewer
 from ki_ds.engine.engine import Engine
+from ki_ds.experiment.schedules import shared_steps
 from ki_ds.experiment.schema import Inherit, Train
 
 
@@ -33,6 +34,11 @@ class TrainRun:
     def tokens_per_step(self) -> int:
         return self.train.batch_size * self.sequence_length
 
+    @property
+    def shared_steps(self) -> int:
+        """How many of its first steps a longer run has in common with it."""
+        return shared_steps(self.train, self.inherit)
+
 
 @dataclass(frozen=True)
 class Every:
@@ -47,11 +53,16 @@ class Every:
 
 
 class Checkpoints:
-    """The checkpoints of a run; only one of a run in the same `state` is gone on from."""
+    """The checkpoints of a run; only one of a run in the same `state` is gone on from. The one from which a longer run
+    can go on is always kept."""
 
-    def __init__(self, folder: Path, train: Train, state: dict[str, Any], trusted: bool):
-        self.folder, self.keep, self.state, self.trusted = folder, train.keep_checkpoints, state, trusted
-        self.due = Every(train.checkpoint_steps, train.steps).due
+    def __init__(self, folder: Path, run: TrainRun, state: dict[str, Any], trusted: bool):
+        self.folder, self.keep, self.state, self.trusted = folder, run.train.keep_checkpoints, state, trusted
+        self.every, self.shared = Every(run.train.checkpoint_steps, run.train.steps), run.shared_steps
+
+    def due(self, done: int) -> bool:
+        """Whether it is time for one, after so many steps of the run."""
+        return self.every.due(done) or done == self.shared
 
     def resume(self, engine: Engine) -> int:
         """Go on from the last whole checkpoint: the number of steps done.
@@ -67,4 +78,4 @@ class Checkpoints:
         Raises:
             UserError: the disk is full or the folder cannot be written.
         """
-        engine.save(self.folder, done, self.keep, self.state)
+        engine.save(self.folder, done, self.keep, self.state, always=self.shared)

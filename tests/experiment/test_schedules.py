@@ -1,14 +1,15 @@
-"""The α schedules, and how long a teacher guides."""
+"""The schedules of α, how long a teacher guides, and those of the learning rate."""
 
 import math
 from fractions import Fraction
+from itertools import pairwise
 
 import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from ki_ds.experiment.schedules import CONSTANT_ALPHA, alpha, teacher_steps
-from ki_ds.experiment.schema import Inherit
+from ki_ds.experiment.schedules import CONSTANT_ALPHA, alpha, learning_rate, shared_steps, teacher_steps
+from ki_ds.experiment.schema import Inherit, Train
 
 calm = settings(deadline=None)
 
@@ -105,3 +106,70 @@ def test_decimal_alpha_T_is_not_a_step_off(steps, numerator, denominator):
     exact = Fraction(steps) / slope
     assume(abs(exact - round(exact)) > 1e-6 or exact == round(exact))
     assert teacher_steps(inherit(alpha_T=float(slope)), steps) == min(math.ceil(exact), steps)
+
+
+# ------------------------------------------------------------------------------------------------ the learning rate
+
+
+def train(steps, **keys):
+    return Train(on={"wb": 1.0}, steps=steps, batch_size=1, learning_rate=3e-4, **keys)
+
+
+@st.composite
+def trains(draw):
+    steps, schedule = draw(st.integers(1, 300)), draw(st.sampled_from(["linear", "constant", "wsd"]))
+    if schedule == "linear":
+        return train(steps, warmup=draw(st.floats(0, 1)))
+    decay = draw(st.integers(1, steps)) if schedule == "wsd" else 0
+    keys = {"decay_steps": decay} if decay else {}
+    return train(steps, schedule=schedule, warmup_steps=draw(st.integers(0, steps - decay)), **keys)
+
+
+def exact(one, step):
+    """The learning rate of a step as a fraction of the highest."""
+    warmup = round(one.warmup * one.steps) if one.schedule == "linear" else one.warmup_steps
+    falls = {"linear": one.steps - warmup, "constant": None, "wsd": one.decay_steps}[one.schedule]
+    rises = Fraction(step + 1, warmup) if warmup else 1
+    return min(rises, 1, Fraction(one.steps - step, falls) if falls and step >= warmup else 1)
+
+
+@calm
+@given(trains())
+def test_learning_rate_is_the_reference_s_at_every_step_never_zero_and_without_a_jump(one):
+    rates = [learning_rate(one, step) for step in range(one.steps)]
+    assert rates == [pytest.approx(one.learning_rate * float(exact(one, step)), rel=1e-15) for step in range(one.steps)]
+    assert min(rates) > 0
+    warmup = round(one.warmup * one.steps) if one.schedule == "linear" else one.warmup_steps
+    fall = one.decay_steps or (one.steps - warmup if one.schedule == "linear" else 0)
+    steepest = max(1 / max(warmup, 1) if warmup else 0, 1 / fall if fall else 0)
+    jumps = [abs(later - earlier) / one.learning_rate for earlier, later in pairwise(rates)]
+    assert max(jumps, default=0) <= steepest + 1e-12
+
+
+def test_warm_up_stable_decay_by_hand():
+    one = train(8, schedule="wsd", warmup_steps=2, decay_steps=4)
+    assert [learning_rate(one, t) / 3e-4 for t in range(8)] == [0.5, 1, 1, 1, 1, 0.75, 0.5, 0.25]
+    one = train(4, schedule="constant", warmup_steps=2)
+    assert [learning_rate(one, t) / 3e-4 for t in range(4)] == [0.5, 1, 1, 1]
+
+
+@calm
+@given(trains(), st.none() | inherits, st.integers(1, 300))
+def test_shared_steps_are_those_of_every_longer_run(one, taught, more):
+    shared, longer = shared_steps(one, taught), one.model_copy(update={"steps": one.steps + more})
+    assert 0 <= shared <= one.steps and shared <= shared_steps(longer, taught)
+    assert (shared == 0) >= (one.schedule == "linear")
+
+    def course(run):
+        return [(learning_rate(run, step), alpha(taught, step, run.steps)) for step in range(shared)]
+
+    assert course(one) == course(longer)
+    if one.schedule == "constant" and (taught is None or taught.alpha_T is None):
+        assert shared == one.steps
+
+
+def test_alpha_that_goes_by_the_number_of_steps_shares_none():
+    one = train(8, schedule="constant", warmup_steps=0)
+    assert shared_steps(one, inherit(alpha_T=2.0)) == shared_steps(train(8), None) == 0
+    assert shared_steps(one, inherit(teacher_steps=4)) == shared_steps(one, inherit(schedule="constant")) == 8
+    assert shared_steps(train(8, schedule="wsd", warmup_steps=0, decay_steps=3), inherit(teacher_steps=4)) == 5

@@ -174,6 +174,13 @@ def test_validation_and_checkpoints_come_when_they_are_due(tmp_path):
     assert saved == ["step-00000009", "step-00000018", "step-00000020"]
 
 
+def test_the_checkpoint_before_the_decay_is_always_kept(tmp_path):
+    wsd = {"schedule": "wsd", "warmup_steps": 2, "decay_steps": 9}
+    train(new_engine(0), Loader(), tiny_run(checkpoint_every=4, keep_checkpoints=1, **wsd), tmp_path, {})
+    saved = sorted(path.name for path in (tmp_path / "checkpoints").glob("step-*"))
+    assert saved == ["step-00000011", "step-00000020"]
+
+
 # ---------------------------------------------------------------------------------------------------------- resuming
 
 
