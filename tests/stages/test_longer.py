@@ -6,6 +6,7 @@ import pytest
 from helpers.commands import here, ki_ds, killed
 from helpers.engines import world  # noqa: F401
 from helpers.experiments import written
+from helpers.folders import FACTS
 from helpers.outcomes import perplexity, trained
 from helpers.pipelines import opened
 
@@ -129,7 +130,7 @@ def sealed(space, stage, *saved):
     for step in saved:
         (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         (folder / "checkpoints" / f"step-{step:08d}" / RECORD).write_text('{"files": {}}')
-    facts = {"content": "w", "steps": steps.train.steps} if steps else {"samples": 64, "samples_per_shard": 4}
+    facts = {"content": "w", "steps": steps.train.steps} if steps else FACTS
     seal(folder, stage.identity(space), facts, leave_out=("checkpoints",))
     return stage
 
