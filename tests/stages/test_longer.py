@@ -130,7 +130,7 @@ def sealed(space, stage, *saved):
     for step in saved:
         (folder / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
         (folder / "checkpoints" / f"step-{step:08d}" / RECORD).write_text('{"files": {}}')
-    facts = {"content": "w", "steps": steps.train.steps} if steps else FACTS
+    facts = {"content": "w", "steps": steps.train.steps} if steps else FACTS | {"samples": 0}
     seal(folder, stage.identity(space), facts, leave_out=("checkpoints",))
     return stage
 
