@@ -7,9 +7,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from helpers.folders import contents, refusal
 
 from ki_ds import files
-from ki_ds.errors import UserError
 from ki_ds.files import digest, file_digest, write_atomically
 from ki_ds.sealed import (
     MANIFEST,
@@ -23,21 +23,6 @@ from ki_ds.sealed import (
 ONE = Identity("corpus", {"seed": 1, "corpus": {"validation": 0.005}}, {"tokenizer": "aaaa"})
 
 needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-
-
-@pytest.fixture
-def folder(tmp_path):
-    return tmp_path / "work" / "corpora" / "wb"
-
-
-def refusal(act, *arguments):
-    with pytest.raises(UserError) as raised:
-        act(*arguments)
-    return str(raised.value)
-
-
-def contents(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # -------------------------------------------------------------------------------------------------- atomic writes

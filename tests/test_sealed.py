@@ -1,13 +1,12 @@
 """Sealed folders: what a crash, a lost file, a full disk or another experiment does to them, and what is said then."""
 
 import json
-from pathlib import Path
 
 import pytest
+from helpers.folders import contents, refusal
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ki_ds.errors import UserError
 from ki_ds.files import digest, file_digest
 from ki_ds.sealed import (
     MANIFEST,
@@ -26,8 +25,6 @@ from ki_ds.sealed import (
 ONE = Identity("corpus", {"seed": 1, "corpus": {"validation": 0.005}}, {"tokenizer": "aaaa"})
 TWO = Identity("corpus", {"seed": 2, "corpus": {"validation": 0.005}}, {"tokenizer": "bbbb"})
 
-needs_dev_full = pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-
 
 @pytest.fixture
 def folder(tmp_path):
@@ -40,16 +37,6 @@ def filled(folder, identity=ONE, facts=None):
     (folder / "model").mkdir()
     (folder / "model" / "config.json").write_bytes(b"{}")
     return seal(folder, identity, facts or {"count": 3})
-
-
-def refusal(act, *arguments):
-    with pytest.raises(UserError) as raised:
-        act(*arguments)
-    return str(raised.value)
-
-
-def contents(folder):
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 # ------------------------------------------------------------------------------------------------- the life of one

@@ -5,7 +5,9 @@ import json
 import os
 
 import numpy as np
+import pytest
 
+from ki_ds.errors import UserError
 from ki_ds.files import digest
 from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.sealed import MANIFEST, Identity
@@ -19,6 +21,18 @@ HOW = Codec(300, 4, 1 / 16)
 HEADER = FolderHeader(16, HOW)
 IDENTITY = Identity("teach", {"k": 4}, {"corpora/a": "0" * 32})
 FACTS = {"samples": 10, "samples_per_shard": 4, "header": HEADER.record}
+
+
+def refusal(act, *arguments):
+    """What a UserError says."""
+    with pytest.raises(UserError) as raised:
+        act(*arguments)
+    return str(raised.value)
+
+
+def contents(folder):
+    """Of every file of a folder, by its name: its bytes."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def forge(folder, **keys):

@@ -1,9 +1,26 @@
 """Whole runs under the real launcher, each made once for the tests that look at it."""
 
+import shutil
+
 import pytest
 from helpers.commands import here, ki_ds, write
 from helpers.experiments import written
 from helpers.pipelines import GRAPH, MASKED, SELECTIONS, STORED, TEXT, opened
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory):
+    """(experiment file, work directory) of the tiny experiment, run to its report."""
+    folder = tmp_path_factory.mktemp("whole")
+    file = written(folder)
+    ki_ds("run", file, "--workdir", folder / "work")
+    return file, folder / "work"
+
+
+@pytest.fixture
+def work(whole, tmp_path):
+    """A copy of that work directory."""
+    return shutil.copytree(whole[1], tmp_path / "work")
 
 
 @pytest.fixture(scope="session")

@@ -5,25 +5,10 @@ import shutil
 
 import pytest
 from helpers.commands import here, ki_ds, killed
-from helpers.experiments import written
 
 from ki_ds.cli import options
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(experiment file, work directory) of a tiny experiment, run to its report."""
-    folder = tmp_path_factory.mktemp("redo")
-    file = written(folder)
-    ki_ds("run", file, "--workdir", folder / "work")
-    return file, folder / "work"
-
-
-@pytest.fixture
-def work(whole, tmp_path):
-    return shutil.copytree(whole[1], tmp_path / "work")
 
 
 CHANGED = ("--set", "models.t.train.learning_rate=4e-3")

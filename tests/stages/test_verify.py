@@ -5,26 +5,12 @@ import os
 import shutil
 
 import pytest
-from helpers.commands import here, ki_ds
+from helpers.commands import here
 from helpers.experiments import text, written
 from helpers.folders import forge
 
 from ki_ds.digests import Digests
 from ki_ds.files import file_digest
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """(experiment file, work directory) of a tiny experiment, run to its report."""
-    folder = tmp_path_factory.mktemp("verify")
-    file = written(folder)
-    ki_ds("run", file, "--workdir", folder / "work")
-    return file, folder / "work"
-
-
-@pytest.fixture
-def work(whole, tmp_path):
-    return shutil.copytree(whole[1], tmp_path / "work")
 
 
 def flip(path, at=0.5):
