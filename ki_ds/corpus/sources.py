@@ -28,14 +28,7 @@ from fsspec.registry import known_implementations
 from ki_ds.corpus.decompression import decompressed, read_block
 from ki_ds.corpus.memory import BOUND_BYTES, bounded
 from ki_ds.errors import UserError, nearest, reason, unreadable
-from ki_ds.experiment.schema import (
-    SOURCE_KINDS,
-    DatasetSource,
-    JsonLinesSource,
-    ParquetSource,
-    Source,
-    TextSource,
-)
+from ki_ds.experiment.sources import SOURCE_KINDS, DatasetSource, JsonLinesSource, ParquetSource, Source, TextSource
 
 MAX_DOCUMENT_CHARACTERS = 1 << 20
 MAX_LINE = (

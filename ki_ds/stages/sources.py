@@ -8,7 +8,7 @@ from typing import Any
 
 from ki_ds.corpus.sources import FileSource, files
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import SOURCE_KINDS
+from ki_ds.experiment.sources import SOURCE_KINDS
 from ki_ds.sealed import MANIFEST, read_manifest
 from ki_ds.workspace import Workspace
 

@@ -13,7 +13,7 @@ from helpers.sources import failure
 from pyarrow import parquet
 
 from ki_ds.corpus import sources as module
-from ki_ds.experiment.schema import JsonLinesSource, ParquetSource
+from ki_ds.experiment.sources import JsonLinesSource, ParquetSource
 
 MIB = 1 << 20
 READ = """
@@ -23,7 +23,7 @@ import pyarrow.parquet
 from ki_ds.corpus import memory
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import JsonLinesSource, ParquetSource, TextSource
+from ki_ds.experiment.sources import JsonLinesSource, ParquetSource, TextSource
 memory.BOUND_BYTES = 128 << 20
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 before, (kind, name) = peak(), sys.argv[1:]

@@ -8,7 +8,7 @@ from helpers.sources import failure, read
 
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import DatasetSource
+from ki_ds.experiment.sources import DatasetSource
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ from helpers.sources import read
 from ki_ds.corpus import documentation as module
 from ki_ds.corpus.documentation import write_documentation
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import JsonLinesSource
+from ki_ds.experiment.sources import JsonLinesSource
 
 LONG = "A docstring that is long enough to be kept. " * 6
 

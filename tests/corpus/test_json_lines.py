@@ -6,7 +6,7 @@ import pytest
 from helpers.sources import COMPRESSORS, failure, read
 
 from ki_ds.corpus import sources as module
-from ki_ds.experiment.schema import JsonLinesSource
+from ki_ds.experiment.sources import JsonLinesSource
 
 
 @pytest.mark.parametrize("ending", ["", *COMPRESSORS])

@@ -9,7 +9,7 @@ from helpers.sources import failure, read
 from pyarrow import parquet
 
 from ki_ds.corpus.sources import Tally
-from ki_ds.experiment.schema import ParquetSource
+from ki_ds.experiment.sources import ParquetSource
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())], ids=str)

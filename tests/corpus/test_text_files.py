@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from ki_ds.corpus import sources as module
 from ki_ds.corpus.sources import Tally, documents, files
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import JsonLinesSource, TextSource
+from ki_ds.experiment.sources import JsonLinesSource, TextSource
 
 
 def test_blank_lines_separate_documents(tmp_path):

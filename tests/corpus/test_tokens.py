@@ -19,7 +19,8 @@ from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.corpus import tokens as module
 from ki_ds.corpus.tokens import build, held_out, open_tokens
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import Corpus, JsonLinesSource
+from ki_ds.experiment.schema import Corpus
+from ki_ds.experiment.sources import JsonLinesSource
 from ki_ds.sealed import Identity, seal
 
 calm = settings(deadline=None, max_examples=100)

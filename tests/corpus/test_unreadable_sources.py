@@ -8,7 +8,7 @@ from helpers.sources import COMPRESSORS, failure, read
 
 from ki_ds.corpus import sources as module
 from ki_ds.corpus.sources import Tally
-from ki_ds.experiment.schema import DatasetSource, JsonLinesSource, ParquetSource, TextSource
+from ki_ds.experiment.sources import DatasetSource, JsonLinesSource, ParquetSource, TextSource
 
 
 def test_no_file_matches(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 from helpers.experiment_file import DESIGN, source, student
 
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import SOURCE_KINDS, Experiment
+from ki_ds.experiment.schema import Experiment
+from ki_ds.experiment.sources import SOURCE_KINDS
 from ki_ds.experiment.strict import merge_patch, parse
 from ki_ds.targets.quanta import quantum
 

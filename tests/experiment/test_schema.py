@@ -10,7 +10,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from ki_ds.errors import UserError, nearest
-from ki_ds.experiment.schema import Experiment, Inherit, JsonLinesSource
+from ki_ds.experiment.schema import Experiment, Inherit
+from ki_ds.experiment.sources import JsonLinesSource
 from ki_ds.experiment.strict import merge_patch, parse
 from ki_ds.files import digest
 
