@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -21,6 +20,7 @@ from typing import Any
 from ki_ds import files
 from ki_ds.launch import signals
 from ki_ds.launch.monitor import WORD_FILE, Monitor, rank_file
+from ki_ds.launch.processes import this_process
 from ki_ds.launch.records import read_record, write_record
 from ki_ds.launch.signals import Stopped
 from ki_ds.progress import duration, show_cursor
@@ -50,7 +50,7 @@ class Heartbeat:
             self.count += 1
             if self.file is not None:
                 write_record(self.file, {
-                    "rank": self.rank, "host": socket.gethostname(), "process": os.getpid(), "beat": self.count,
+                    **this_process(), "rank": self.rank, "beat": self.count,
                     "progress": self.progress, "doing": self.doing, "waiting": self.waiting, "ended": self.ended,
                     "stop_requested": self.stop_requested.is_set(), "patience": self.patience,
                 })  # fmt: skip

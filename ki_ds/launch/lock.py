@@ -5,7 +5,9 @@ that process lives. Holds of a folder are numbered; the highest counts. Who find
 the next one, which again only one can: nothing is ever taken from somebody by removing a file.
 
 Whether a process lives is asked of the system where it runs on this machine; of another machine's only the beat is
-seen, and one that stands still for LAPSE_S is that of a dead process. Clocks of machines are not compared.
+seen, and one that stands still for LAPSE_S is that of a dead process. Clocks of machines are not compared. The ranks
+that a dead process had started may write for a while yet, on its machine or on others: they are told to stop, and
+waited for.
 """
 
 from __future__ import annotations
@@ -14,7 +16,6 @@ import contextlib
 import os
 import secrets
 import signal
-import socket
 import sys
 import threading
 import time
@@ -25,6 +26,8 @@ from typing import Any
 
 from ki_ds.errors import UserError
 from ki_ds.files import remedy
+from ki_ds.launch.monitor import WORD_FILE
+from ki_ds.launch.processes import is_alive, is_here, this_process
 from ki_ds.launch.records import read_record, write_record
 from ki_ds.progress import duration, say
 
@@ -34,18 +37,18 @@ LAPSE_S = 20.0
 
 
 class Hold:
-    """This process's hold of a folder of a work directory."""
+    """This process's hold of a folder of a work directory; its ranks give signs of life below `control`."""
 
-    def __init__(self, root: Path, folder: str):
+    def __init__(self, root: Path, folder: str, control: Path | None = None):
         """Take a folder that nobody holds.
 
         Raises:
             UserError: somebody does, or the work directory cannot be written.
         """
-        self.folder, self.holds, self.beats = root / folder, root / LOCKS / folder, 0
+        self.root, self.folder, self.holds, self.beats = root, root / folder, root / LOCKS / folder, 0
         self.record: dict[str, Any] = {
-            "token": secrets.token_hex(8), "host": socket.gethostname(), "process": os.getpid(), "machine": _machine(),
-            "began": _began(os.getpid()), "since": datetime.now().isoformat(" ", "seconds"), "ended": False,
+            **this_process(), "token": secrets.token_hex(8), "since": datetime.now().isoformat(" ", "seconds"),
+            "control": control and os.path.relpath(control, root), "ended": False,
         }  # fmt: skip
         try:
             self.path = self._take()
@@ -56,10 +59,14 @@ class Hold:
         self.holds.mkdir(parents=True, exist_ok=True)
         while True:
             number, record = _newest(self.holds)
-            if record is not None and lives(record, _file(self.holds, number)):
-                raise UserError(
-                    f"{self.folder}: is being made by another run: {words(record)}. Wait for it, or stop it."
-                )
+            if record is not None:
+                if record and not record.get("ended") and not is_here(record):
+                    say(f"{self.folder}: held by {words(record)}; looking for {duration(LAPSE_S)} whether it lives")
+                if lives(record, _file(self.holds, number)):
+                    raise UserError(
+                        f"{self.folder}: is being made by another run: {words(record)}. Wait for it, or stop it."
+                    )
+                self._outlast_ranks(record)
             path = _file(self.holds, number + 1)
             try:
                 path.open("x").close()
@@ -73,13 +80,37 @@ class Hold:
                 return path
             path.unlink(missing_ok=True)
 
+    def _outlast_ranks(self, record: dict[str, Any]) -> None:
+        """Wait for the end of the ranks of a hold whose process has ended.
+
+        Raises:
+            UserError: one does not end.
+        """
+        control, limit = record.get("control"), time.monotonic() + LAPSE_S
+        if not isinstance(control, str) or control == self.record["control"]:  # what is there now are this run's own
+            return
+        ranks = [*(self.root / control).rglob("rank-*.json")]
+        for rank in ranks:
+            write_record(rank.with_name(WORD_FILE), {"say": "stop", "by": self.record["token"]})
+        for rank in ranks:
+            while (found := read_record(rank)) is not None and lives(found, rank):
+                if time.monotonic() > limit:
+                    raise UserError(
+                        f"{self.folder}: was being made by {words(record)}, which is gone, but a rank of it is not: host "
+                        f"{found.get('host')}, process {found.get('process')}. End it, then run again."
+                    )
+                time.sleep(PERIOD_S / 20)
+
     def beat(self) -> None:
         """Say that this process lives; end it where another one has taken it for dead."""
-        found = _newest(self.holds)[1]
-        if found is not None and found.get("token") != self.record["token"]:
-            print(f"error: {self.folder}: was taken over by {words(found)}, which saw no sign of life of this process",
-                  file=sys.stderr, flush=True)  # fmt: skip
-            os.kill(os.getpid(), signal.SIGTERM)
+        mine = int(self.path.stem)
+        with contextlib.suppress(OSError):  # a file system that is away for a while
+            number, found = _newest(self.holds)
+            if number > mine or found and found.get("token") != self.record["token"]:
+                print(f"error: {self.folder}: was taken over by {words(found or {})}, which saw no sign of life of this "
+                      "process", file=sys.stderr, flush=True)  # fmt: skip
+                os.kill(os.getpid(), signal.SIGTERM)
+            self.holds.mkdir(parents=True, exist_ok=True)  # somebody has removed it
         self.beats += 1
         write_record(self.path, self.record | {"beat": self.beats})
 
@@ -89,8 +120,9 @@ class Hold:
 
 
 @contextlib.contextmanager
-def held(root: Path, folders: Sequence[str]) -> Iterator[None]:
-    """Hold folders of a work directory that are being made, until the end of whatever kind.
+def held(root: Path, folders: Sequence[str], control: Path | None = None) -> Iterator[None]:
+    """Hold folders of a work directory that are being made, until the end of whatever kind; by ranks whose signs of
+    life lie below `control`, where there are any.
 
     Raises:
         UserError: naming who holds one of them.
@@ -106,7 +138,7 @@ def held(root: Path, folders: Sequence[str]) -> Iterator[None]:
     thread = threading.Thread(target=beat, daemon=True, name="lock")
     try:
         for folder in folders:
-            holds.append(Hold(root, folder))
+            holds.append(Hold(root, folder, control))
         if holds:
             thread.start()
         yield
@@ -121,8 +153,7 @@ def held(root: Path, folders: Sequence[str]) -> Iterator[None]:
 def holder(root: Path, folder: str) -> str:
     """Who holds a folder of a work directory, in words; empty where nobody is known to."""
     _, record = _newest(root / LOCKS / folder)
-    here = record is not None and record.get("machine") == _machine()
-    return words(record) if record and not record.get("ended") and (not here or _alive(record)) else ""
+    return words(record) if record and not record.get("ended") and (not is_here(record) or is_alive(record)) else ""
 
 
 def words(record: dict[str, Any]) -> str:
@@ -131,21 +162,19 @@ def words(record: dict[str, Any]) -> str:
 
 
 def lives(record: dict[str, Any], path: Path) -> bool:
-    """Whether the process that made a hold is there; for one of another machine this waits for its next beat."""
+    """Whether the process that made a hold, or a rank's sign of life, is there; for one of another machine this waits for its next beat."""
     if record.get("ended"):
         return False
-    if record.get("machine") == _machine():
-        return _alive(record)
+    if is_here(record):
+        return is_alive(record)
     limit, beat = time.monotonic() + LAPSE_S, record.get("beat")
-    if record:
-        say(f"{path.parent.name}: held by {words(record)}; looking for {duration(LAPSE_S)} whether it lives")
     while time.monotonic() < limit:
         time.sleep(PERIOD_S / 10)
         found = read_record(path) or {}
         if found.get("ended") or not path.exists():  # another one has the next number
             return False
-        if found.get("machine") == _machine():  # it was being written
-            return _alive(found)
+        if is_here(found):  # it was being written
+            return is_alive(found)
         if found.get("beat") != beat:
             return True
     return False
@@ -160,46 +189,10 @@ def _newest(holds: Path) -> tuple[int, dict[str, Any] | None]:
 def _numbers(holds: Path) -> list[int]:
     try:
         names = [name.removesuffix(".json") for name in os.listdir(holds)]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
     return [int(name) for name in names if name.isdecimal()]
 
 
 def _file(holds: Path, number: int) -> Path:
     return holds / f"{number}.json"
-
-
-def _alive(record: dict[str, Any]) -> bool:
-    process = record.get("process")
-    return type(process) is int and process > 0 and _began(process) == record.get("began") is not None
-
-
-def _began(process: int) -> str | None:
-    """When a process of this machine began, in the kernel's count, so that a number that is used again is not taken for
-    it; None where it is gone, though its parent may not have asked for its end yet."""
-    try:
-        stat = Path(f"/proc/{process}/stat").read_text()
-    except OSError:
-        return None if Path("/proc/self/stat").exists() else _answers(process)
-    state, *fields = stat.rpartition(")")[2].split()
-    return None if state in "ZX" else fields[18]
-
-
-def _answers(process: int) -> str | None:
-    """The same for systems without /proc, which tell only whether there is one."""
-    try:
-        os.kill(process, 0)
-    except PermissionError:
-        pass
-    except OSError:
-        return None
-    return "unknown"
-
-
-def _machine() -> str:
-    """Names this machine's numbering of processes: two containers of one host number theirs differently."""
-    found = [socket.gethostname()]
-    with contextlib.suppress(OSError):
-        found.append(Path("/proc/sys/kernel/random/boot_id").read_text().strip())
-        found.append(os.readlink("/proc/self/ns/pid"))
-    return " ".join(found)

@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 
@@ -137,7 +138,8 @@ def work(stage: Stage, space: Workspace) -> None:
     if shown:
         say(f"{stage} …")
     if shown and not heartbeat.THIS_RANK.watched:
-        with _making(space, [stage]):
+        signs = heartbeat.THIS_RANK.file
+        with _making(space, [stage], signs and signs.parent):
             if not stage.launched:
                 stage.make_way(space)
             stage.run(space)
@@ -159,18 +161,19 @@ def _launch(space: Workspace, launch: Launch, group: list[Stage]) -> None:
         Stopped: a signal asked for it; what was done is saved.
     """
     heartbeat.stop_if_asked()
-    with _making(space, group):
+    with _making(space, group, launch.control):
         _launch_held(space, launch, group)
 
 
 @contextmanager
-def _making(space: Workspace, group: Sequence[Stage]) -> Iterator[None]:
-    """Around stages that make their folders: nobody else makes them, and what they read is as it was sealed.
+def _making(space: Workspace, group: Sequence[Stage], control: Path | None) -> Iterator[None]:
+    """Around stages that make their folders: nobody else makes them, and what they read is as it was sealed. `control`:
+    where their ranks give signs of life.
 
     Raises:
         UserError: another run is making one of them, or an input was changed.
     """
-    with held(space.root, [stage.folder for stage in group]):
+    with held(space.root, [stage.folder for stage in group], control):
         reads = dict.fromkeys(read for stage in group for read in stage.inputs(space.experiment))
         for read in reads:
             if (space.root / read / MANIFEST).exists():  # else one of the group makes it

@@ -1,7 +1,10 @@
 """One holder of a folder at a time, whatever ends it."""
 
+import contextlib
+import errno
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,6 +12,7 @@ import threading
 import time
 
 import pytest
+from helpers.commands import alive
 
 from ki_ds.errors import UserError
 from ki_ds.launch import lock
@@ -164,3 +168,76 @@ except UserError:
     for process in tries:
         process.communicate("end\n")
     assert json.loads((root / LOCKS / S / f"{_newest(root / LOCKS / S)[0]}.json").read_text())["ended"]
+
+
+# a run that holds a folder, and a rank of it, which waits for its word as ranks do
+RUN = """
+import subprocess, sys, time
+from pathlib import Path
+from ki_ds.launch.lock import held
+control = Path(sys.argv[1]) / ".control" / "of-this-run"
+with held(Path(sys.argv[1]), ["models/s"], control):
+    rank = subprocess.Popen([sys.executable, "-c", sys.argv[2], control / "launch"], stdout=subprocess.PIPE)
+    rank.stdout.readline()
+    print(rank.pid, flush=True)
+    time.sleep(60)
+"""
+RANK = """
+import sys, time
+from pathlib import Path
+from ki_ds.launch import heartbeat
+heartbeat.start(Path(sys.argv[1]), 0, 1, 600.0, watched=True)
+print("works", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def orphan(root):
+    """A rank whose run was killed, and which has not noticed."""
+    run = subprocess.Popen([sys.executable, "-c", RUN, root, RANK], stdout=subprocess.PIPE, text=True)
+    rank = int(run.stdout.readline())
+    run.kill()
+    run.wait()
+    yield rank
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(rank, signal.SIGKILL)
+
+
+def test_the_ranks_of_a_dead_holder_are_stopped_and_waited_for(root, orphan):
+    with held(root, [S]):
+        assert not alive(orphan)
+
+
+def test_a_rank_that_does_not_end_is_named(root, orphan, monkeypatch):
+    monkeypatch.setattr(lock, "LAPSE_S", 0.5)
+    os.kill(orphan, signal.SIGSTOP)
+    for _ in range(2):  # who was refused leaves no hold that hides the rank
+        with pytest.raises(UserError, match=rf"a rank of it is not: host .*, process {orphan}\. End it"):
+            Hold(root, S)
+    os.kill(orphan, signal.SIGKILL)
+    with held(root, [S]):
+        pass
+
+
+def test_holds_that_somebody_removes_are_back_with_the_next_beat(root):
+    with held(root, [S]):
+        shutil.rmtree(root / LOCKS)
+        limit = time.monotonic() + 20
+        while not holder(root, S):
+            assert time.monotonic() < limit
+            time.sleep(0.05)
+
+
+def test_a_file_system_that_is_away_for_a_while_ends_nobody(root, monkeypatch):
+    with held(root, [S]):
+        hold = Hold(root, "models/t")
+        for fails in ("read_record", "os.listdir"):
+            with monkeypatch.context() as patch:
+                patch.setattr(f"ki_ds.launch.lock.{fails}", away if fails == "os.listdir" else lambda _: None)
+                hold.beat()  # no signal, no exception
+        hold.end()
+
+
+def away(_):
+    raise OSError(errno.ESTALE, "Stale file handle")
