@@ -122,6 +122,8 @@ class Teach(Stage):
         identity, device = join(self, space)
         if distributed.rank() == 0:
             self.make_way(space)
+        distributed.barrier()
+        identity = self.identity(space)  # what was set aside shapes the new one no more, though it would have served
         teach(space.root / self.folder, identity, self.job(space, identity), device)
 
     def job(self, space: Workspace, identity: Identity) -> TeachJob:

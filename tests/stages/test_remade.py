@@ -3,11 +3,16 @@
 import json
 
 import pytest
+from helpers.commands import here
 from helpers.engines import world  # noqa: F401
-from helpers.pipelines import put_model
+from helpers.experiments import written
+from helpers.pipelines import opened, put_model
 
 from ki_ds.errors import UserError
+from ki_ds.sealed import read_manifest
 from ki_ds.stages.evaluate import Evaluate
+from ki_ds.stages.teach import Teach
+from ki_ds.targets.manifest import open_folder
 
 
 def nats(space):
@@ -49,3 +54,17 @@ def test_old_results_stay_until_the_new_are_sealed(space, monkeypatch):
     assert (folder.parent / ".t.old" / "perplexity.json").read_bytes() == first
     stage.run(space)
     assert [path.name for path in folder.parent.iterdir()] == ["t"]
+
+
+def test_targets_that_are_made_again_are_as_wanted_now(tmp_path):
+    """Those before held more entries a row: they would have served, but for their teacher."""
+    file, work = written(tmp_path, entries=100), tmp_path / "work"
+    here("corpus", file, "--workdir", work)
+    more, space = opened(file, work, "models.s.inherit.targets.k=32"), opened(file, work)
+    put_model(more, 1)
+    Teach("t@a").run(more)
+    put_model(space, 2)
+    space.redo = True
+    Teach("t@a").run(space)
+    folder = work / "targets" / "t@a"
+    assert read_manifest(folder)["config"]["selection"]["k"] == open_folder(folder).codec.k == 16
