@@ -18,7 +18,7 @@ from typing import Any
 from ki_ds.errors import UserError
 
 PIECE = 1 << 26  # bytes
-on_piece: list[Callable[[], None]] = []  # who is to be told that a long flush gets on: `launch.heartbeat`
+on_piece: list[Callable[[], None]] = []  # who is to be told that long reading or flushing gets on: `launch.heartbeat`
 LITTLE = 1 << 20  # bytes: how much is free where a write has just failed for want of room
 
 
@@ -30,14 +30,11 @@ def digest(value: Any) -> str:
 
 def file_digest(path: Path) -> str:
     """SHA-256 of a file's bytes, 32 hexadecimal digits of it."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32] if hasattr(hashlib, "file_digest") else _sha(file)
-
-
-def _sha(file: Any) -> str:  # Python 3.10
     whole = hashlib.sha256()
-    while block := file.read(1 << 20):
-        whole.update(block)
+    with path.open("rb", buffering=0) as file:
+        while block := file.read(1 << 20):
+            whole.update(block)
+            _tell()
     return whole.hexdigest()[:32]
 
 

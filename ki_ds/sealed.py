@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -168,6 +169,8 @@ def check_contents(path: Path, digest_of: Callable[[Path], str], leave_out: str 
             continue
         try:
             found = digest_of(path / name)
+            if found != wanted:  # as remembered, maybe
+                found = file_digest(path / name)
         except OSError as error:
             raise UserError(f"{path / name}: cannot be read: {error.strerror}") from None
         if found != wanted:
@@ -256,14 +259,31 @@ def aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
 
 
-def set_aside(path: Path) -> None:
-    """Make way for a new folder; the old one is removed when that is sealed."""
+def set_aside(path: Path, identity: Identity) -> None:
+    """Make way for a new folder; the old one is removed when that is sealed. Where one of this identity was waiting,
+    it is back."""
     old = aside(path)
     if (old / MANIFEST).exists() and not (path / MANIFEST).exists():  # what was finished waits, what was begun goes
-        shutil.rmtree(path)
+        remove(path)
+        if state(old, identity) == "sealed":
+            old.rename(path)
     else:
-        shutil.rmtree(old, ignore_errors=True)
+        remove(old)
         path.rename(old)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder, or a link to one, if it is there; half removed, it must not look like anything: it first gets a
+    name as of a folder that was set aside."""
+    gone = path.with_name(f".{secrets.token_hex(4)}.old")
+    try:
+        path.rename(gone)
+    except FileNotFoundError:
+        return
+    if gone.is_symlink():
+        gone.unlink()
+    else:
+        shutil.rmtree(gone, ignore_errors=True)
 
 
 def begun(path: Path) -> dict[str, Any]:
@@ -312,7 +332,7 @@ def seal(
     record["manifest"] = digest(record)
     write_atomically(path / MANIFEST, _pretty(record))
     (path / UNSEALED).unlink(missing_ok=True)
-    shutil.rmtree(aside(path), ignore_errors=True)
+    remove(aside(path))
     return open_sealed(path)
 
 

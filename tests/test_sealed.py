@@ -13,11 +13,14 @@ from ki_ds.sealed import (
     SCHEMA,
     UNSEALED,
     Identity,
+    aside,
+    check_contents,
     differences,
     open_sealed,
     prepare,
     reopen,
     seal,
+    set_aside,
     state,
     versions,
 )
@@ -135,6 +138,59 @@ def test_killed_in_the_very_first_write_is_continued(folder):
     assert prepare(folder, ONE) is None and state(folder, ONE) == "unsealed"
     seal(folder, ONE, {})
     assert list(contents(folder)) == [MANIFEST]
+
+
+# ------------------------------------------------------------------------------------------------- making way
+
+
+def begun_anew(folder):
+    """A finished folder that waits, and a new one that was begun in its place."""
+    filled(folder)
+    set_aside(folder, TWO)
+    assert prepare(folder, TWO) is None
+    (folder / "a" / "deep").mkdir(parents=True)
+    (folder / "z.bin").write_bytes(b"1")
+
+
+def test_killed_while_what_was_begun_is_removed(folder, monkeypatch):
+    begun_anew(folder)
+
+    def half(path, **_):
+        (path / UNSEALED).unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", half)
+        with pytest.raises(KeyboardInterrupt):
+            set_aside(folder, Identity("corpus", {"seed": 3}, {}))
+    assert prepare(folder, TWO) is None  # not taken for somebody else's
+    assert (aside(folder) / MANIFEST).exists()
+
+
+def test_what_was_finished_is_back_when_it_is_wanted_again(folder):
+    begun_anew(folder)
+    set_aside(folder, ONE)
+    assert state(folder, ONE) == "sealed" and [path.name for path in folder.parent.glob("[!.]*")] == ["wb"]
+    check_contents(folder, file_digest)
+    assert not aside(folder).exists()
+
+
+def test_folders_that_are_links_make_way_again_and_again(folder, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    folder.parent.mkdir(parents=True)
+    folder.symlink_to(tmp_path / "elsewhere")
+    filled(folder)
+    set_aside(folder, TWO)
+    filled(folder, TWO)
+    set_aside(folder, ONE)
+    filled(folder, ONE)
+    assert [path.name for path in folder.parent.iterdir()] == ["wb"]
+    assert (tmp_path / "elsewhere" / MANIFEST).exists()  # the link is removed, not what it led to
+
+
+def test_a_digest_that_is_remembered_wrongly_is_no_fault(folder):
+    filled(folder)
+    check_contents(folder, lambda _: "0" * 32)
 
 
 # --------------------------------------------------------------------------------------------- another identity

@@ -96,8 +96,8 @@ class Hold:
             while (found := read_record(rank)) is not None and lives(found, rank):
                 if time.monotonic() > limit:
                     raise UserError(
-                        f"{self.folder}: was being made by {words(record)}, which is gone, but a rank of it is not: host "
-                        f"{found.get('host')}, process {found.get('process')}. End it, then run again."
+                        f"{self.folder}: was being made by {words(record)}, which is gone, but a rank of it is not: "
+                        f"host {found.get('host')}, process {found.get('process')}. End it, then run again."
                     )
                 time.sleep(PERIOD_S / 20)
 
@@ -106,9 +106,9 @@ class Hold:
         mine = int(self.path.stem)
         with contextlib.suppress(OSError):  # a file system that is away for a while
             number, found = _newest(self.holds)
-            if number > mine or found and found.get("token") != self.record["token"]:
-                print(f"error: {self.folder}: was taken over by {words(found or {})}, which saw no sign of life of this "
-                      "process", file=sys.stderr, flush=True)  # fmt: skip
+            if number > mine or (found and found.get("token") != self.record["token"]):
+                print(f"error: {self.folder}: was taken over by {words(found or {})}, which saw no sign of life of "
+                      "this process", file=sys.stderr, flush=True)  # fmt: skip
                 os.kill(os.getpid(), signal.SIGTERM)
             self.holds.mkdir(parents=True, exist_ok=True)  # somebody has removed it
         self.beats += 1
@@ -162,7 +162,8 @@ def words(record: dict[str, Any]) -> str:
 
 
 def lives(record: dict[str, Any], path: Path) -> bool:
-    """Whether the process that made a hold, or a rank's sign of life, is there; for one of another machine this waits for its next beat."""
+    """Whether the process that made a hold, or a rank's sign of life, is there; for one of another machine this waits
+    for its next beat."""
     if record.get("ended"):
         return False
     if is_here(record):

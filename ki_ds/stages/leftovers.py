@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
+from ki_ds import sealed
 from ki_ds.launch.lock import held
-from ki_ds.sealed import MANIFEST, UNSEALED, aside, set_aside
+from ki_ds.sealed import MANIFEST, UNSEALED
 from ki_ds.stages import STAGES
 from ki_ds.stages.pipeline import stages
 from ki_ds.workspace import Workspace
@@ -41,9 +42,7 @@ def remove(space: Workspace, leftover: Leftover) -> None:
     Raises:
         UserError: somebody is.
     """
-    path = space.root / leftover.folder
-    with held(space.root, [leftover.folder]):
-        if not path.name.startswith("."):  # half removed, it must not look whole
-            set_aside(path)
-            path = aside(path)
-        shutil.rmtree(path)
+    path = Path(leftover.folder)
+    name = path.name[1 : -len(".old")] if path.name.startswith(".") else path.name  # what waits belongs to the new one
+    with held(space.root, [str(path.with_name(name))]):
+        sealed.remove(space.root / path)

@@ -18,7 +18,7 @@ from ki_ds.launch.command import Launch
 from ki_ds.launch.launcher import launched
 from ki_ds.launch.lock import held
 from ki_ds.progress import duration, say
-from ki_ds.sealed import MANIFEST, check_contents
+from ki_ds.sealed import MANIFEST, aside, check_contents
 from ki_ds.stages import STAGES
 from ki_ds.stages.stage import Refusals, Stage
 from ki_ds.workspace import Workspace
@@ -69,6 +69,8 @@ def touched(space: Workspace) -> dict[Stage, str]:
         reads = next((read for read in stage.inputs(space.experiment) if read in again), None)
         if state == "other":
             found[stage] = "made from something else"
+        elif state != "sealed" and (aside(space.root / stage.folder) / MANIFEST).exists():
+            found[stage] = "begun again, the old one waits"
         elif reads and stage.lasting and state != "absent":
             found[stage] = f"reads {reads}"
     return found

@@ -113,7 +113,7 @@ class Stage(ABC):
     def make_way(self, space: Workspace) -> None:
         """Set its folder aside where it was made from something else and is to be made again; rank 0's to do."""
         if (space.redo or self.remade) and self.state(space) == "other":
-            set_aside(space.root / self.folder)
+            set_aside(space.root / self.folder, self.identity(space))
 
     def check_state(self, space: Workspace) -> None:
         """Check that its folder, finished or begun, is not in its way, as far as its inputs are there to tell.

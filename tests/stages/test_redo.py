@@ -5,8 +5,11 @@ import shutil
 
 import pytest
 from helpers.commands import here, ki_ds, killed
+from helpers.pipelines import opened
 
 from ki_ds.cli import options
+from ki_ds.launch.lock import held
+from ki_ds.stages.leftovers import leftovers, remove
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
 
@@ -70,7 +73,32 @@ def test_the_old_folder_waits_until_the_new_one_is_sealed(whole, work):
     killed("run", whole[0], "--workdir", work, *CHANGED, "--redo", "--yes", when=(work / "models" / ".t.old").exists)
     assert json.loads((work / "models" / ".t.old" / "manifest.json").read_text())["stage"] == "train"
     assert not (work / "models" / "t" / "manifest.json").exists()
-    assert "train t" in here("status", whole[0], "--workdir", work, *CHANGED)
+    for changed, first in ((CHANGED, "begun again, the old one waits"), ((), "made from something else")):
+        said = [line for line in here("status", whole[0], "--workdir", work, *changed).splitlines() if "again" in line]
+        assert len(said) == 5 and "train t" in said[0] and first in said[0] and "reads models/t" in said[1]
+        here("run", whole[0], "--workdir", work, *changed, "--redo", code=2)  # still asks
+    before = (work / "models" / ".t.old" / "manifest.json").read_bytes()
+    here("train", whole[0], "--workdir", work, "--name", "t", code=2)
+    ki_ds("run", whole[0], "--workdir", work, "--redo", "--yes", "--only", "train")
+    assert (work / "models" / "t" / "manifest.json").read_bytes() == before
+    assert not [*work.glob("*/.*.old")]
+
+
+def test_clean_leaves_alone_what_waits_for_a_folder_that_is_being_made(whole, work):
+    shutil.copytree(work / "models" / "t", work / "models" / ".s.old")
+    with held(work, ["models/s"]):
+        assert "being made" in here("clean", whole[0], "--workdir", work, "--yes", code=2)
+    assert (work / "models" / ".s.old").exists()
+
+
+def test_what_is_gone_meanwhile_is_cleaned_already(whole, work):
+    shutil.copytree(work / "models" / "t", work / "models" / "former")
+    space = opened(whole[0], work)
+    found = leftovers(space)
+    for _ in range(2):
+        for one in found:
+            remove(space, one)
+    assert len(found) == 1 and not leftovers(space)
 
 
 def test_clean_removes_what_nothing_names(whole, work):
