@@ -9,6 +9,7 @@ import inspect
 import json
 import multiprocessing
 import os
+import signal
 import sysconfig
 import threading
 import warnings
@@ -59,7 +60,9 @@ def _parsed(paths: list[str]) -> Iterator[str]:
 
 
 def _begin() -> None:
-    """In each of the processes: they wait for work for ever where their parent was killed, unless they watch it."""
+    """In each of the processes: they wait for work for ever where their parent was killed, unless they watch it. A
+    terminal's Ctrl-C is the parent's to answer; they end with it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     gc.disable()
     threading.Thread(target=_end_with_parent, daemon=True).start()
 

@@ -85,18 +85,20 @@ def documents(
     place: str,
     invalid_utf8: Literal["replace", "refuse"],
     tally: Tally,
+    first: int = 0,
 ) -> Iterator[str]:
     """All documents of the sources, in order: stripped, none empty, each at most MAX_DOCUMENT_CHARACTERS long.
 
     A longer document comes in pieces, cut at whitespace where there is some. Relative paths are looked up in `bases`,
     the first with a match wins. A file that several sources of a kind and field name is read once, whatever links lead
-    to it. `place` is the corpus's JSON path, for errors. `tally` counts what is yielded.
+    to it. `place` is the corpus's JSON path and `first` the number of the first source, for errors. `tally` counts what
+    is yielded.
 
     Raises:
         UserError: a source is missing, unreadable or lacks the field, or it is not UTF-8 and that is refused.
     """
     rule, seen = _Rule(place, refuse=invalid_utf8 == "refuse"), set[tuple[Any, ...]]()
-    for index, source in enumerate(sources):
+    for index, source in enumerate(sources, first):
         for where, text in _texts(source, bases, f"{place}.sources.{index}", rule, seen):
             for piece in filter(None, _pieces(text.strip())):
                 if _SURROGATE.search(piece):

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import os
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch.utils.checkpoint
 
-from ki_ds.engine import apex, ops
+from ki_ds.engine import apex, ops, optimizers
 from ki_ds.engine.config import EngineConfig
 from ki_ds.errors import UserError
 from ki_ds.launch import distributed
@@ -25,23 +26,49 @@ def prepare(model: LanguageModel, config: EngineConfig) -> None:
         UserError: a package, a compiler or a folder is missing, or the model cannot do it.
     """
     for name in config.monitors if distributed.rank() == 0 else ():  # the only one that writes
-        package = PACKAGES.get(name)
-        if package and importlib.util.find_spec(package) is None:
-            raise UserError(f"{name}: the package {package} is missing; pip install {package}, or leave {name} out")
-    offloads = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
-    for key, offload in offloads.items():
-        if offload.device == "nvme":
-            folder = offload.nvme_path
-            if not os.access(folder, os.W_OK | os.X_OK):
-                raise UserError(f"zero_optimization.{key}.nvme_path: {folder} is not a folder that can be written")
-            for name in ("PinMemoryBuilder", "AsyncIOBuilder"):
-                ops.load(name, f'zero_optimization.{key}: "nvme"')
-    for key in config.quantized:
-        ops.load("QuantizerBuilder", f"zero_optimization.{key}")
+        _check_monitor(name)
+    for setting, folder in _nvme(config).items():
+        _check_folder(setting, folder)
+    for operator in _operators(config):
+        ops.load(*operator)
     if config.layer_norm == "apex":
         apex.swap_layer_norms(model)
     if config.activation_checkpointing:
         recompute(model)
+
+
+def requirements(config: EngineConfig) -> Iterator[Callable[[], Any]]:
+    """Checks, each of which raises a UserError, that this machine has what an engine JSON needs, as far as that is seen
+    without compiling anything."""
+    yield from (partial(_check_monitor, name) for name in config.monitors)
+    yield from (partial(_check_folder, setting, folder) for setting, folder in _nvme(config).items())
+    yield from (partial(ops.check, *operator) for operator in _operators(config))
+    yield partial(optimizers.check_machine, config)
+    if config.layer_norm == "apex":
+        yield partial(apex.module, "normalization", apex.LAYER_NORM)
+
+
+def _nvme(config: EngineConfig) -> dict[str, str]:
+    """The folders to swap to, by the setting that names them."""
+    offloads = {"offload_optimizer": config.offload_optimizer, "offload_param": config.offload_parameters}
+    return {f"zero_optimization.{key}": one.nvme_path for key, one in offloads.items() if one.device == "nvme"}
+
+
+def _operators(config: EngineConfig) -> list[tuple[str, str]]:
+    """Operators of DeepSpeed beside the optimizer's, by their builders, each with the setting that asks for it."""
+    swap = [(name, f'{key}: "nvme"') for key in _nvme(config) for name in ("PinMemoryBuilder", "AsyncIOBuilder")]
+    return swap + [("QuantizerBuilder", f"zero_optimization.{key}") for key in config.quantized]
+
+
+def _check_monitor(name: str) -> None:
+    package = PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise UserError(f"{name}: the package {package} is missing; pip install {package}, or leave {name} out")
+
+
+def _check_folder(setting: str, folder: str) -> None:
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{setting}.nvme_path: {folder} is not a folder that can be written")
 
 
 def recompute(model: LanguageModel) -> None:

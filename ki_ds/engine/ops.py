@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -34,10 +35,38 @@ def load(name: str, asked: str) -> Any:
     try:
         return builder.load(verbose=False)
     except Exception as error:  # whatever a tool chain that does not work makes it raise
-        missing = f"; it needs {NEEDS[name]}" if name in NEEDS else ""
-        raise UserError(
-            f"{asked}: DeepSpeed's {builder.name} cannot be compiled or loaded here ({reason(error)}){missing}"
-        ) from None
+        raise _refusal(name, builder, asked, reason(error)) from None
+
+
+def check(name: str, asked: str) -> None:
+    """Check that what `load` compiles an operator with is there, where it did not come compiled; nothing is compiled.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    from deepspeed.accelerator import get_accelerator
+    from deepspeed.git_version_info import installed_ops
+    from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
+
+    builder = get_accelerator().create_op_builder(name)
+    if installed_ops.get(builder.name):
+        return
+    compiler = get_cxx_compiler()
+    if shutil.which(compiler) is None:
+        raise _refusal(name, builder, asked, f"there is no compiler {compiler}")
+    if not is_ninja_available():
+        raise _refusal(name, builder, asked, "there is no ninja: pip install ninja")
+    try:
+        compatible = builder.is_compatible(verbose=False)
+    except Exception as error:  # a builder may fail in any way on a machine without its tool chain
+        raise _refusal(name, builder, asked, reason(error)) from None
+    if not compatible:
+        raise _refusal(name, builder, asked, "what it is made of is missing")
+
+
+def _refusal(name: str, builder: Any, asked: str, why: str) -> UserError:
+    missing = f"; it needs {NEEDS[name]}" if name in NEEDS else ""
+    return UserError(f"{asked}: DeepSpeed's {builder.name} cannot be compiled or loaded here ({why}){missing}")
 
 
 def locks() -> list[Path]:

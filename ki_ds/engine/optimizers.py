@@ -110,14 +110,28 @@ def _kind(config: EngineConfig) -> Any:
     kind = config.optimizer
     if kind in APEX:
         return getattr(apex.module("optimizers", f'optimizer.type: "{kind}"'), APEX[kind])
+    if (needed := _operator(config)) is None:
+        return torch.optim.AdamW
+    ops.load(*needed)
+    from deepspeed.ops import adam
+
+    return adam.DeepSpeedCPUAdam if config.offload_optimizer.active else adam.FusedAdam
+
+
+def _operator(config: EngineConfig) -> tuple[str, str] | None:
+    """The operator of DeepSpeed that the optimizer is, by its builder, and the setting that asks for it."""
     if config.offload_optimizer.active:
-        ops.load("CPUAdamBuilder", "zero_optimization.offload_optimizer")
-        from deepspeed.ops.adam import DeepSpeedCPUAdam
+        return "CPUAdamBuilder", "zero_optimization.offload_optimizer"
+    return ("FusedAdamBuilder", 'optimizer.type: "AdamW"') if config.optimizer == "AdamW" else None
 
-        return DeepSpeedCPUAdam
-    if kind == "AdamW":
-        ops.load("FusedAdamBuilder", 'optimizer.type: "AdamW"')
-        from deepspeed.ops.adam import FusedAdam
 
-        return FusedAdam
-    return torch.optim.AdamW
+def check_machine(config: EngineConfig) -> None:
+    """Check, without compiling, that this machine has what the optimizer needs.
+
+    Raises:
+        UserError: a package or a compiler is missing.
+    """
+    if config.optimizer in APEX:
+        apex.module("optimizers", f'optimizer.type: "{config.optimizer}"')
+    elif needed := _operator(config):
+        ops.check(*needed)

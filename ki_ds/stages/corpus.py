@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from ki_ds.corpus.sources import FileSource, files
+from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokens import build
+from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Experiment
 from ki_ds.sealed import MANIFEST, Identity, prepare, seal
 from ki_ds.stages.sources import described, or_recorded
@@ -37,9 +38,8 @@ class Corpus(Stage):
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
         if (space.root / self.folder / MANIFEST).exists():
             return  # its sources may be gone
-        for index, source in enumerate(space.experiment.corpora[self.name].sources):
-            if isinstance(source, FileSource):
-                refusals.gather(files, source, space.bases, f"corpora.{self.name}.sources.{index}")
+        for index in range(len(space.experiment.corpora[self.name].sources)):
+            refusals.gather(check_first, space, self.name, index)
 
     def run(self, space: Workspace) -> None:
         folder, identity, e = space.root / self.folder, self.identity(space), space.experiment
@@ -49,3 +49,19 @@ class Corpus(Stage):
             folder, self.name, e.corpora[self.name], space.bases, space.tokenizer, e.objective, e.sequence_length
         )  # fmt: skip
         seal(folder, identity, facts)
+
+
+def check_first(space: Workspace, name: str, index: int) -> None:
+    """Read the first document of a source of a corpus.
+
+    Raises:
+        UserError: there is none, or it cannot be read.
+    """
+    corpus, place = space.experiment.corpora[name], f"corpora.{name}"
+    source = corpus.sources[index : index + 1]
+    try:
+        found = next(documents(source, space.bases, place, corpus.invalid_utf8, Tally(), index), None)
+    except UserError as error:
+        raise error if str(error).startswith(place) else UserError(f"{place}.sources.{index}: {error}") from error
+    if found is None:
+        raise UserError(f"{place}.sources.{index}: there is no text in it; expected at least one document")

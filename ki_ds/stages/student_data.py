@@ -6,12 +6,14 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+from ki_ds.corpus.tokenizer import TextTokenizer
+from ki_ds.corpus.tokens import Tokens
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import TrainedModel, taught_by
 from ki_ds.experiment.schedules import alpha
-from ki_ds.experiment.schema import Inherit
 from ki_ds.sealed import open_sealed
+from ki_ds.stages.corpus import Corpus
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.manifest import open_folder
 from ki_ds.training.batches import TargetCollator
@@ -69,23 +71,42 @@ def targets(space: Workspace, student: TrainedModel, corpus: str) -> ShardFolder
         folder: Path = space.root / "targets" / name
         open_sealed(folder)
         found = open_folder(folder)
-    check(space, student, inherit, corpus, found)
+    check(space, student, corpus, found, space.tokenizer, space.tokens(corpus))
     return found
 
 
-def check(space: Workspace, student: TrainedModel, inherit: Inherit, corpus: str, found: ShardFolder) -> None:
-    """Check that targets hold what a student asks for.
+def check_stored(space: Workspace, student: TrainedModel, corpus: str, tokenizer: TextTokenizer | None) -> None:
+    """Check predictions made elsewhere before anything runs, as far as their manifest and what is known yet tell.
+
+    Raises:
+        UserError: they are not there, or as `check`.
+    """
+    found = open_folder(space.stored(student.teachers[corpus], corpus))
+    if tokenizer is None:
+        return
+    sealed = Corpus(corpus).state(space) == "sealed"
+    check(space, student, corpus, found, tokenizer, space.tokens(corpus) if sealed else None)
+
+
+def check(
+    space: Workspace, student: TrainedModel, corpus: str, found: ShardFolder, tokenizer: TextTokenizer,
+    tokens: Tokens | None,
+) -> None:  # fmt: skip
+    """Check that targets hold what a student asks for. `tokenizer`: where it is yet to be trained, it has at most so
+    many ids as it says; `tokens`: None while the corpus is yet to be made.
 
     Raises:
         UserError: naming the difference.
     """
-    wanted, folder, codec, size = inherit.targets, found.folder, found.codec, space.tokenizer.size
+    inherit = student.model.inherit
+    assert inherit is not None  # else it reads no targets
+    wanted, folder, codec, size = inherit.targets, found.folder, found.codec, tokenizer.size
     selection = wanted.selection(inherit.temperature)
     said, counts = found.header.selection, codec.counts
     if said is None:
         raise UserError(f"{folder}: the header of its shards does not say what was selected")
     alike = replace(said, k=0) == replace(selection, k=0) and counts == selection.counts
-    if not alike or codec.k < min(selection.k, size) or (counts and said.k != selection.k):
+    if not alike or codec.k < min(selection.k, codec.vocabulary) or (counts and said.k != selection.k):
         raise UserError(f"{folder}: holds {said.record}; expected {student.place}.inherit.targets {selection.record}")
     if wanted.tail and not codec.stores(inherit.temperature):
         there = ", ".join(f"{temperature:g}" for temperature in codec.temperatures)
@@ -98,9 +119,14 @@ def check(space: Workspace, student: TrainedModel, inherit: Inherit, corpus: str
             f"{folder}: of sequences of {found.header.sequence_length} tokens; expected sequence_length "
             f"{space.experiment.sequence_length}"
         )
-    if codec.vocabulary != size:
+    if codec.vocabulary > size or (codec.vocabulary < size and tokenizer.digest):
         raise UserError(f"{folder}: of a vocabulary of {codec.vocabulary} ids; the tokenizer has {size}")
-    read = min(student.samples_taught(corpus), space.experiment.views * len(space.tokens(corpus).train))
+    _check_order(space, corpus, found, tokens)
+    stream = found.header.stream
+    sequences = len(tokens.train) if tokens else stream.sequences if stream else None
+    if sequences is None:
+        return
+    read = min(student.samples_taught(corpus), space.experiment.views * sequences)
     elsewhere = taught_by(space.experiment, student.model)[corpus] is None
     if found.samples < read:
         raise UserError(
@@ -108,3 +134,29 @@ def check(space: Workspace, student: TrainedModel, inherit: Inherit, corpus: str
             f"corpora.{corpus} while it is taught"
             + ("" if elsewhere else ". Run `ki-ds teach`: it appends what is missing")
         )
+
+
+def _check_order(space: Workspace, corpus: str, found: ShardFolder, tokens: Tokens | None) -> None:
+    """Check that the teacher saw a corpus in the order and with the masks in which a student does, where the header
+    tells; views need not be as many, since the first ones are the same ones. What it does not tell, or tells wrongly,
+    is found by the digest of each input.
+
+    Raises:
+        UserError: naming what differs.
+    """
+    e, header = space.experiment, found.header
+    stream, masking, origin = header.stream, header.masking, header.corpus
+    pairs = {
+        "objective": (header.objective, e.objective),
+        "stream.seed": (stream and stream.seed, e.seed),
+        "stream.sequences": (stream and stream.sequences, len(tokens.train) if tokens else None),
+        "masking.probability": (masking and masking.probability, e.masking.probability),
+        "corpus.digest": (origin and origin.digest, tokens.digest if tokens else None),
+    }
+    for key, (said, wanted) in pairs.items():
+        if said is not None and wanted is not None and said != wanted:
+            raise UserError(
+                f"{found.folder}: its teacher saw another order or view of corpora.{corpus}: {key}: found {said}, "
+                f"expected {wanted}. Take predictions made for this experiment's inputs, or remove the folder and run "
+                "`ki-ds teach`"
+            )

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ki_ds.engine import checkpoints
+from ki_ds.engine import checkpoints, features
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import check_device, micro_batch_size
 from ki_ds.engine.engine import Engine
@@ -124,11 +124,13 @@ class Train(Stage):
         if refusals.gather(self.state, space) != "sealed":
             if here and engine is not None:
                 refusals.gather(check_device, engine)
+                for check in features.requirements(engine):
+                    refusals.gather(check)
             refusals.gather(micro_batch_size, student.train, ranks, student.place)
+        tokenizer = refusals.gather(expected, space)
         for corpus, name in taught_by(space.experiment, student.model).items():
             if name is None:
-                refusals.gather(read_facts, space.stored(student.teachers[corpus], corpus))
-        tokenizer = refusals.gather(expected, space)
+                refusals.gather(student_data.check_stored, space, student, corpus, tokenizer)
         if tokenizer is None:
             return
         refusals.gather(models.checked_configuration, space, self.name, tokenizer)

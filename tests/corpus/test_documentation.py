@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import os
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -129,7 +130,7 @@ def test_processes_give_the_same_in_the_same_order(installed, monkeypatch):
 
 
 def test_processes_end_with_their_parent(tmp_path):
-    """Killed, it cannot tell them."""
+    """Killed, it cannot tell them; Ctrl-C, which a terminal sends them too, is for it alone."""
     script, pipe = tmp_path / "parse.py", tmp_path / "pipe"
     os.mkfifo(pipe)  # in which a process waits that parses it
     script.write_text(
@@ -138,7 +139,7 @@ def test_processes_end_with_their_parent(tmp_path):
         "    documentation.PARALLEL_FILES = 0\n"
         f"    list(documentation._parsed([{str(pipe)!r}]))\n"
     )
-    with subprocess.Popen([sys.executable, script]) as parent:
+    with subprocess.Popen([sys.executable, script], stderr=subprocess.PIPE) as parent:
         limit = time.monotonic() + 30
         while time.monotonic() < limit:
             with contextlib.suppress(OSError):  # nobody reads yet
@@ -147,9 +148,13 @@ def test_processes_end_with_their_parent(tmp_path):
             time.sleep(0.02)
         started = psutil.Process(parent.pid).children(recursive=True)
         assert len(started) >= 2  # one that parses, and the one that multiprocessing adds
+        for process in started:
+            process.send_signal(signal.SIGINT)
+        still = psutil.wait_procs(started, timeout=0.3)[1]
         parent.kill()
-    left = psutil.wait_procs(started, timeout=5)[1]
-    os.close(writer)
+        left = psutil.wait_procs(started, timeout=5)[1]
+        os.close(writer)
+        assert len(still) == len(started) and b"KeyboardInterrupt" not in parent.stderr.read()
     for process in left:
         process.kill()
     assert not left

@@ -152,13 +152,28 @@ def test_stored_teacher_teaches_in_another_experiment(stored, tmp_path):
     assert "its teacher t at unknown." in (work / "report" / "report.html").read_text()
 
 
-def test_stored_teacher_of_another_seed_or_corpus_is_refused_at_the_first_record(stored, selections, tmp_path):
-    _, made = selections
-    assert first_batch(opened(stored, made), "s")[0].taught_N.sum() == 8 * 31
+@pytest.fixture
+def elsewhere(stored, tmp_path):
+    """The experiment `stored` on another text, with its corpus made."""
     (stored.parent / "b.txt").write_text(TEXT.replace("square", "second power"))
     other = opened(stored, tmp_path, 'corpora.a.sources=[{"text": "b.txt"}]')
     pipeline.run(other, pipeline.Launch([], 1, None), "corpus")
-    for space in (opened(stored, made, "seed=2"), other):
+    return other
+
+
+def test_stored_teacher_of_another_seed_or_corpus_is_refused_before_anything_runs(stored, selections, elsewhere):
+    _, made = selections
+    with pytest.raises(UserError, match=r"t@a: its teacher saw another order .*stream\.seed: found 1, expected 2"):
+        preflight(opened(stored, made, "seed=2", "models.s.seed=1", "models.alone.seed=1"))
+    with pytest.raises(UserError, match=r"t@a: its teacher saw another order .*corpora\.a: (stream|corpus)\."):
+        preflight(elsewhere)
+
+
+def test_what_a_header_does_not_tell_is_refused_at_the_first_record(stored, selections, elsewhere, monkeypatch):
+    monkeypatch.setattr(student_data, "_check_order", lambda *_: None)
+    _, made = selections
+    assert first_batch(opened(stored, made), "s")[0].taught_N.sum() == 8 * 31
+    for space in (opened(stored, made, "seed=2"), elsewhere):
         with pytest.raises(UserError, match="t@a: sample 0: the teacher saw another input than the student"):
             first_batch(space, "s")
 
@@ -173,10 +188,33 @@ def test_stored_teacher_of_another_seed_or_corpus_is_refused_at_the_first_record
         (["models.s.inherit.teacher_steps=4"], r"holds 24 samples; expected the 32 that models.s reads of corpora.a"),
     ],
 )
-def test_stored_teacher_that_lacks_what_is_asked_is_refused_before_training(stored, selections, settings, words):
+def test_stored_teacher_that_lacks_what_is_asked_is_refused_before_anything_runs(
+    stored, selections, settings, words, tmp_path
+):
     _, work = selections
     with pytest.raises(UserError, match=words):
         targets_read(opened(stored, work, *settings), "s")
+    with pytest.raises(UserError, match=words):
+        preflight(opened(stored, tmp_path, *settings))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["sequence_length=16"], "of sequences of 32 tokens; expected sequence_length 16"),
+        (["tokenizer.train.vocabulary_size=280"], "of a vocabulary of 300 ids; the tokenizer has 280"),
+        (["seed=2"], "stream.seed: found 1, expected 2"),
+        (["objective=mlm"], "objective: found clm, expected mlm"),
+    ],
+)
+def test_stored_teacher_of_other_inputs_is_refused_before_there_is_a_corpus(stored, settings, words, tmp_path):
+    with pytest.raises(UserError, match=rf"t@a: .*{words}"):
+        preflight(opened(stored, tmp_path, *settings))
+    assert not any(tmp_path.glob("*/*"))
+
+
+def test_a_tokenizer_that_is_yet_to_be_trained_may_come_out_smaller_than_it_is_asked_for(stored, tmp_path):
+    preflight(opened(stored, tmp_path, "tokenizer.train.vocabulary_size=320"))
 
 
 @pytest.mark.parametrize("name", ["t@a@sampled-20-t2", "t@a@top_p-0.3"])
