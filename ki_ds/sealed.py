@@ -267,7 +267,7 @@ def set_aside(path: Path, identity: Identity) -> None:
         remove(path)
         if state(old, identity) == "sealed":
             old.rename(path)
-    else:
+    elif path.exists():
         remove(old)
         path.rename(old)
 

@@ -15,7 +15,7 @@ from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Experiment
 from ki_ds.planning.costs import Cost
 from ki_ds.planning.room import Room
-from ki_ds.sealed import MANIFEST, Identity, State, check_identity, set_aside, state
+from ki_ds.sealed import MANIFEST, Identity, State, aside, check_identity, set_aside, state
 from ki_ds.workspace import Workspace
 
 P = ParamSpec("P")
@@ -112,8 +112,11 @@ class Stage(ABC):
 
     def make_way(self, space: Workspace) -> None:
         """Set its folder aside where it was made from something else and is to be made again; rank 0's to do."""
-        if (space.redo or self.remade) and self.state(space) == "other":
-            set_aside(space.root / self.folder, self.identity(space))
+        if not (space.redo or self.remade):
+            return
+        folder, state = space.root / self.folder, self.state(space)
+        if state == "other" or (state == "absent" and aside(folder).exists()):  # a killed run had just made way
+            set_aside(folder, self.identity(space))
 
     def check_state(self, space: Workspace) -> None:
         """Check that its folder, finished or begun, is not in its way, as far as its inputs are there to tell.
