@@ -150,8 +150,8 @@ def open_sealed(path: Path) -> Manifest:
         if found != size:
             what = "is missing" if found is None else f"has {found} bytes"
             whole = data["stage"] != "teach"  # targets are mended shard by shard
-            remedy = f"Remove {path if whole else file} and run again" if whole or found is not None else "Run again"
-            remedy += ": it is made anew."
+            remedy = "run again" if found is None and not whole else f"remove {path if whole else file} and run again"
+            remedy = f"Put the original back, or {remedy}: it is made anew."
             raise UserError(f"{file}: {what}, but the manifest says {size} bytes. {remedy}")
     return Manifest(path, str(data["fingerprint"]), dict(data["facts"]), data)
 

@@ -261,7 +261,7 @@ def test_a_folder_that_is_not_there(folder):
 def test_lost_file_is_named(folder, name):
     size = filled(folder).record["files"][name]
     (folder / name).unlink()
-    remedy = f"Remove {folder} and run again: it is made anew."
+    remedy = f"Put the original back, or remove {folder} and run again: it is made anew."
     message = f"{folder / name}: is missing, but the manifest says {size} bytes. {remedy}"
     assert refusal(open_sealed, folder) == refusal(prepare, folder, ONE) == message
 
@@ -271,7 +271,7 @@ def test_cut_or_grown_file_is_named(folder, data, found):
     filled(folder)
     (folder / "train.bin").write_bytes(data)
     assert refusal(open_sealed, folder).startswith(
-        f"{folder / 'train.bin'}: has {found} bytes, but the manifest says 5 bytes. Remove"
+        f"{folder / 'train.bin'}: has {found} bytes, but the manifest says 5 bytes. Put the original back, or remove"
     )
 
 

@@ -42,7 +42,7 @@ Hostfile = Annotated[Path | None, typer.Option(help="DeepSpeed host file, for se
 Launcher = Annotated[str, typer.Option(help="with a host file: pdsh, openmpi, mpich or slurm")]
 LauncherArgs = Annotated[str, typer.Option(help="passed on to that launcher's program")]
 Restarts = Annotated[int, typer.Option(min=0, help="how often to go on from the last checkpoint after a failure")]
-Timeout = Annotated[float, typer.Option(min=0.05, help="minutes without progress after which a rank counts as lost")]
+Timeout = Annotated[float, typer.Option(min=0.05, max=1e5, help="minutes without progress until a rank counts as lost")]
 Set = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="change a value of the file")]
 Name = Annotated[str | None, typer.Option("--name", help="only this corpus, teacher@corpus or model")]
 
@@ -80,6 +80,7 @@ def open_workspace(file: Path, scale: str | None, workdir: Path | None, settings
     Raises:
         UserError: with every problem of the file.
     """
+    from ki_ds.errors import UserError
     from ki_ds.experiment.graph import load_experiment
     from ki_ds.launch import distributed
     from ki_ds.workspace import Workspace
@@ -88,6 +89,8 @@ def open_workspace(file: Path, scale: str | None, workdir: Path | None, settings
     experiment = load_experiment(file, scale, tuple(settings or ()))
     root = (workdir or default_workdir(file, experiment.name)).absolute()
     nameable(root)
+    if blocking := next((place for place in (root, *root.parents) if place.exists() and not place.is_dir()), None):
+        raise UserError(f"--workdir {root}: {blocking} is a file; expected a folder, or a place for one")
     return Workspace(experiment, file, root)
 
 

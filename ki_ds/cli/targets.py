@@ -12,6 +12,7 @@ import typer
 
 from ki_ds.cli.options import File, Scale, Set, open_workspace
 from ki_ds.errors import UserError
+from ki_ds.experiment.schema import NAME
 from ki_ds.launch import distributed
 from ki_ds.progress import Progress, say
 
@@ -45,7 +46,7 @@ def _output(path: Path, folder: bool = False) -> Path:
         raise UserError(f"{path}: expected a local path; copy it to a server afterwards")
     if not path.parent.is_dir():
         raise UserError(f"{path}: there is no folder {path.parent}")
-    if path.is_file() if folder else path.is_dir():
+    if path.exists() and path.is_dir() != folder:
         raise UserError(f"{path}: is a {'file' if folder else 'folder'}; name a {'folder' if folder else 'file'}")
     return path
 
@@ -102,8 +103,8 @@ def repair_(
 @app.command()
 def inspect(
     folder: Folder,
-    sample: Annotated[int, typer.Option(help="of the rows to show")] = 0,
-    rows: Annotated[int, typer.Option(help="how many rows to show")] = 4,
+    sample: Annotated[int, typer.Option(min=0, help="of the rows to show")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="how many rows to show")] = 4,
     as_json: Annotated[bool, typer.Option("--json", help="as JSON")] = False,
     workdir: Workdir = None,
 ) -> None:
@@ -111,7 +112,7 @@ def inspect(
     from ki_ds.exchange import inspection
 
     shards = _open(folder)
-    if not 0 <= sample < shards.samples:
+    if sample >= shards.samples:
         raise UserError(f"--sample {sample}: {folder} holds samples 0 to {shards.samples}")
     try:
         inputs = _inputs(shards, workdir)
@@ -148,7 +149,9 @@ def inspect(
 
 
 @app.command()
-def bench(folder: Folder, seconds: Annotated[float, typer.Option(help="how long to read")] = 5.0) -> None:
+def bench(
+    folder: Folder, seconds: Annotated[float, typer.Option(min=0.1, max=3600, help="how long to read")] = 5.0
+) -> None:  # fmt: skip
     """How fast this folder is read and decoded, on one thread."""
     from ki_ds.exchange import inspection
 
@@ -171,6 +174,8 @@ def export(
 
     shards, parquet = _open(folder), output.suffix == ".parquet"
     _output(output, folder=not parquet)
+    if not parquet and output.exists() and any(output.iterdir()):
+        raise UserError(f"{output}: is not empty; name another folder, or remove what is in it")
     try:
         inputs = _inputs(shards, workdir)
     except UserError as error:
@@ -215,6 +220,8 @@ def import_(
     from ki_ds.exchange.import_ import make
 
     _output(output, folder=True)
+    if not NAME.fullmatch(name):
+        raise UserError(f"--name {name}: expected the name of a model: letters, digits, '.', '_' and '-'")
     space, inputs, every = _corpus(file, scale, workdir, settings, corpus)
     made = make(output, answers, inputs, every, space.experiment, corpus, name)
     model = json.dumps({name: {"targets": {corpus: str(output)}}})

@@ -84,7 +84,7 @@ def check_training(data: Any, source: str) -> None:
         if key != "zero_optimization" and block and "enabled" not in block:
             raise UserError(f'{source}: {key}: "enabled" is missing, so DeepSpeed would ignore the rest')
     stage = data.get("zero_optimization", {}).get("stage", 0)
-    if stage not in (0, 1, 2, 3):
+    if stage not in (0, 1, 2, 3) or isinstance(stage, bool):
         raise UserError(f"{source}: zero_optimization.stage: found {json.dumps(stage)}; allowed: 0, 1, 2, 3")
     for key, owner in OWNED.items():
         if data.get(key, "auto") != "auto":

@@ -8,6 +8,8 @@ A row of a table is one row of the targets:
 
 from __future__ import annotations
 
+import secrets
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ import numpy as np
 from ki_ds.errors import UserError
 from ki_ds.exchange.parquet import lists, parquet_writer
 from ki_ds.exchange.teacher_inputs import TeacherInputs
+from ki_ds.files import writing
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder
 
@@ -103,10 +106,25 @@ def export_parquet(parts: Iterator[Table], path: Path) -> int:
 
 def export_arrays(parts: Iterator[Table], folder: Path) -> int:
     """Write tables as safetensors, `rows-<number of the first row>.safetensors`, ids and log-probabilities flat beside
-    the rows' `ends`; the number of rows."""
+    the rows' `ends`; the number of rows. The folder, new or empty, is whole or absent.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    temporary = folder.with_name(f"{folder.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with writing(folder):
+            temporary.mkdir()
+            total = _save(parts, temporary)
+            temporary.replace(folder)
+        return total
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save(parts: Iterator[Table], folder: Path) -> int:
     from safetensors.numpy import save_file
 
-    folder.mkdir(parents=True, exist_ok=True)
     total = 0
     for part in parts:
         arrays = {name: np.ascontiguousarray(values) for name, values in part.scalars().items() if values is not None}

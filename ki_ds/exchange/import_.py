@@ -48,6 +48,8 @@ def make(
         shutil.rmtree(folder)  # of an import that failed: answers may have been corrected since
     if state(folder, identity) == "sealed" and open_folder(folder).missing():
         reopen(folder, identity)  # a shard was set aside
+    if state(folder, identity) == "other":
+        raise UserError(f"{folder}: holds something else, or answers that were imported otherwise; name another folder")
     found = prepare(folder, identity)
     if found is not None:
         return read_facts(folder)[0].samples

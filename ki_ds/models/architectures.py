@@ -86,14 +86,16 @@ def _inline(given: dict[str, Any], objective: str, tokenizer: TextTokenizer, len
     kind = given.get("model_type")
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         raise UserError(
-            f"{place}.model_type: found {kind!r}; expected a model type of transformers such as gpt2, roberta, llama"
-            + nearest(str(kind), CONFIG_MAPPING.keys())
+            f"{place}.model_type: found {kind!r}; expected a model type of transformers such as gpt2, "
+            "roberta, llama" + (nearest(kind, CONFIG_MAPPING.keys()) if isinstance(kind, str) else "")
         )
     try:
         first = {key: given[key] for key in ("is_decoder",) if key in given}
         check_objective(CONFIG_MAPPING[kind](**first), objective, place)
         config = CONFIG_MAPPING[kind](**_filled(given, CONFIG_MAPPING[kind](), tokenizer, length, place))
         check_objective(config, objective, place)
+        if (getattr(config, "num_hidden_layers", None) or 0) < 0:
+            raise UserError(f"{place}: found {config.num_hidden_layers} layers; expected none or more")
         outline(config, objective)  # sizes that do not go together show only here
     except UserError:
         raise

@@ -39,7 +39,22 @@ class Corpus(Stage):
         if (space.root / self.folder / MANIFEST).exists():
             return  # its sources may be gone
         for index in range(len(space.experiment.corpora[self.name].sources)):
-            refusals.gather(check_first, space, self.name, index)
+            refusals.gather(self.check_source, space, index)
+
+    def check_source(self, space: Workspace, index: int) -> None:
+        """Read the first document of a source.
+
+        Raises:
+            UserError: there is none, or it cannot be read.
+        """
+        corpus, place = space.experiment.corpora[self.name], f"corpora.{self.name}"
+        source, own = corpus.sources[index : index + 1], f"{place}.sources.{index}"
+        try:
+            found = next(documents(source, space.bases, place, corpus.invalid_utf8, Tally(), index), None)
+        except UserError as error:
+            raise error if str(error).startswith(own) else UserError(f"{own}: {error}") from None
+        if found is None:
+            raise UserError(f"{own}: there is no text in it; expected at least one document")
 
     def run(self, space: Workspace) -> None:
         folder, identity, e = space.root / self.folder, self.identity(space), space.experiment
@@ -49,19 +64,3 @@ class Corpus(Stage):
             folder, self.name, e.corpora[self.name], space.bases, space.tokenizer, e.objective, e.sequence_length
         )  # fmt: skip
         seal(folder, identity, facts)
-
-
-def check_first(space: Workspace, name: str, index: int) -> None:
-    """Read the first document of a source of a corpus.
-
-    Raises:
-        UserError: there is none, or it cannot be read.
-    """
-    corpus, place = space.experiment.corpora[name], f"corpora.{name}"
-    source = corpus.sources[index : index + 1]
-    try:
-        found = next(documents(source, space.bases, place, corpus.invalid_utf8, Tally(), index), None)
-    except UserError as error:
-        raise error if str(error).startswith(place) else UserError(f"{place}.sources.{index}: {error}") from error
-    if found is None:
-        raise UserError(f"{place}.sources.{index}: there is no text in it; expected at least one document")

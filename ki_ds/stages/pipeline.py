@@ -53,10 +53,18 @@ def preflight(space: Workspace, chosen: Iterable[Stage], ranks: int, here: bool 
     if any(stage.launched for stage in chosen):
         refusals.gather(lambda: space.engine_config)
     for stage in chosen:
+        refusals.gather(_check_place, space, stage)
         stage.refuse(space, ranks, here, refusals)
         refusals.gather(stage.check_state, space)
     space.digests.save()
     refusals.check()
+
+
+def _check_place(space: Workspace, stage: Stage) -> None:
+    folder = space.root / stage.folder
+    for place in (folder.parent, folder):
+        if place.exists() and not place.is_dir():
+            raise UserError(f"{place}: is a file, where {stage} is to have its folder. Move it away")
 
 
 def touched(space: Workspace) -> dict[Stage, str]:

@@ -93,7 +93,7 @@ def test_every_problem_is_named_before_anything_runs(refused, tmp_path):
 
 def test_empty_corpus(refused, tmp_path):
     (tmp_path / "a.txt").write_text("\n \n\n")
-    assert "corpora.a: no text to train a tokenizer on" in refused(experiment())
+    assert "corpora.a.sources.0: there is no text in it" in refused(experiment())
     assert sealed(tmp_path / "work") == []
 
 
@@ -126,7 +126,7 @@ def test_invalid_utf8_refused_or_counted(refused, tmp_path):
     assert "a.txt" in said
     assert 'invalid_utf8: "replace"' in said or "corpora.a.invalid_utf8" in said
     given["corpora"]["a"]["invalid_utf8"] = "replace"
-    shutil.rmtree(tmp_path / "work")
+    shutil.rmtree(tmp_path / "work", ignore_errors=True)
     main_ok(["corpus", str(write(tmp_path / "e.json", given)), "--workdir", str(tmp_path / "work")])
     facts = json.loads((tmp_path / "work" / "corpora" / "a" / "manifest.json").read_text())["facts"]
     assert facts["invalid_utf8"] == 1
@@ -316,7 +316,7 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, cap
     ki_ds("worker", "teach", file, "--workdir", work)  # just that shard is computed anew
     assert shard.read_bytes() == good
     # targets of another seed, put in this one's place: first their headers differ from what the manifest says, then
-    # the manifest is made to agree in everything, and the digests do not
+    # the manifest is made to agree in everything, and says so
     main_ok(["corpus", str(file), "--workdir", str(tmp_path / "other"), "--set", "seed=2"])
     ki_ds("worker", "teach", file, "--workdir", tmp_path / "other", "--set", "seed=2")
     for one in (tmp_path / "other" / "targets" / "t@a").glob("*.kit"):
@@ -328,7 +328,7 @@ def test_given_teacher_and_damaged_or_foreign_targets(given_model, tmp_path, cap
         loader.load(0, 1.0)
     forge(folder, facts=read_manifest(tmp_path / "other" / "targets" / "t@a")["facts"])
     said = student(2)
-    assert "the teacher saw another input than the student is about to see" in said
+    assert "its teacher saw another order or view of corpora.a: stream.seed: found 2, expected 1" in said
     assert not (work / "models" / "s" / "manifest.json").exists()
 
 

@@ -95,3 +95,40 @@ def test_operators_that_came_compiled_need_no_compiler(monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setitem(deepspeed.git_version_info.installed_ops, "cpu_adam", True)
     ops.check("CPUAdamBuilder", "zero_optimization.offload_optimizer")
+
+
+@pytest.mark.parametrize("command", ["status", "plan", "run"])
+def test_a_file_where_a_folder_is_to_be(tmp_path, command):
+    file, work = written(tmp_path, models={"s": None}), tmp_path / "work"
+    work.write_text("")
+    assert f"--workdir {work}: {work} is a file" in here(command, file, "--workdir", work, code=2)
+    assert f"{work} is a file" in here(command, file, "--workdir", work / "below", code=2)
+    work.unlink()
+    work.mkdir()
+    (work / "corpora").write_text("")
+    if command != "status":
+        assert f"{work}/corpora: is a file, where corpus a is to" in here(command, file, "--workdir", work, code=2)
+
+
+def test_a_timeout_without_end_is_refused(tmp_path):
+    file = written(tmp_path, models={"s": None})
+    assert "--timeout" in here("run", file, "--workdir", tmp_path / "work", "--timeout", "inf", code=2)
+
+
+def test_a_zero_stage_is_a_number(tmp_path):
+    written(tmp_path, models={"s": None})
+    said = said_of(tmp_path, 'engine={"zero_optimization": {"stage": true}}')
+    assert "zero_optimization.stage: found true; allowed: 0, 1, 2, 3" in said
+
+
+def test_an_architecture_without_a_type_is_not_likened_to_one(tmp_path):
+    written(tmp_path, models={"s": None})
+    said = said_of(tmp_path, "models.t.architecture={}")
+    assert "model_type: found None; expected" in said and "did you mean" not in said
+
+
+def test_fewer_layers_than_none(tmp_path):
+    """transformers makes a model without layers of them."""
+    written(tmp_path, models={"s": None})
+    said = said_of(tmp_path, 'models.t.architecture={"model_type": "gpt2", "n_layer": -2}')
+    assert "models.t.architecture: found -2 layers" in said
