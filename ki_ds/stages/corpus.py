@@ -36,7 +36,7 @@ class Corpus(Stage):
         return Identity(self.kind, config, {"tokenizer": space.tokenizer.digest})
 
     def refuse(self, space: Workspace, ranks: int, here: bool, refusals: Refusals) -> None:
-        if (space.root / self.folder / MANIFEST).exists():
+        if (space.root / self.folder / MANIFEST).exists() and not (space.redo and self.state(space) == "other"):
             return  # its sources may be gone
         for index in range(len(space.experiment.corpora[self.name].sources)):
             refusals.gather(self.check_source, space, index)

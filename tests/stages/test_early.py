@@ -47,6 +47,15 @@ def test_sources_of_a_finished_corpus_are_not_looked_at(tmp_path):
     said_of(tmp_path, code=0)
 
 
+def test_sources_of_a_corpus_that_is_to_be_made_again_are_read(tmp_path):
+    file, work = written(tmp_path, models={"s": None}), tmp_path / "work"
+    here("corpus", file, "--workdir", work)
+    (tmp_path / "a.txt").write_text("")
+    said = here("run", file, "--workdir", work, "--redo", "--yes", code=2)
+    assert "corpora.a.sources.0: there is no text in it" in said
+    assert (work / "corpora" / "a" / "manifest.json").exists()
+
+
 OFFLOAD = 'engine={"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'
 
 
