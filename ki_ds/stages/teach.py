@@ -97,7 +97,7 @@ class Teach(Stage):
         config = None if tokenizer is None else refusals.gather(models.checked_configuration, space, teacher, tokenizer)
         if tokenizer is not None:
             refusals.lines += beyond_vocabulary(e, tokenizer.size)
-        if not (space.root / self.folder / MANIFEST).exists():
+        if refusals.gather(self.state, space) != "sealed":
             known = {} if config is None else {teacher: config}
             refusals.gather(checks.check, e.inference, ranks, known, e.objective)
             refusals.gather(lambda: space.inference_config)
