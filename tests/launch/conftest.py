@@ -7,6 +7,8 @@ from helpers.commands import ki_ds
 from helpers.experiments import written
 from helpers.outcomes import STEPS
 
+from ki_ds.launch import signals
+
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory):
@@ -41,3 +43,10 @@ def made(folder, **changes):
     file = written(folder, **changes)
     ki_ds("run", file, "--workdir", folder / "work", "--processes", 2)
     return file, folder / "work"
+
+
+@pytest.fixture(autouse=True)
+def nothing_asked():
+    """What this process has heard is no request to the tests that come after."""
+    yield
+    signals.asked.clear()

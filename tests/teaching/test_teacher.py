@@ -52,9 +52,10 @@ def asked(file, *settings):
 
 
 def preflight(file, *settings):
-    """Of the teach stage, by four ranks, before anything has run."""
+    """Of the teach stage and those before it, by four ranks, before anything has run."""
     space = opened(file, file.parent / "elsewhere", *settings)
-    pipeline.preflight(space, Teach.of(space.experiment), 4)
+    before = [stage for stage in pipeline.stages(space.experiment) if stage.kind in ("tokenizer", "corpus")]
+    pipeline.preflight(space, [*before, *Teach.of(space.experiment)], 4)
 
 
 @pytest.mark.parametrize(
