@@ -7,7 +7,7 @@ import pytest
 
 from ki_ds.errors import UserError
 from ki_ds.metrics import Metrics, last_step, read_metrics
-from ki_ds.training.records import go_back
+from ki_ds.training.records import making_again
 
 
 def line(step, **more):
@@ -108,10 +108,10 @@ def test_first_validation_is_found_again(tmp_path):
 def test_remedy_names_the_checkpoints_that_are_too_late(tmp_path):
     for step in (4, 8, 12, 123456789):
         (tmp_path / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
-    said = go_back(tmp_path, 9)
+    said = making_again(tmp_path, 9)
     assert "step-00000012 and" in said and "step-123456789, and run" in said and "step-00000008" not in said
     assert "goes on from step 8" in said
-    assert f"Remove {tmp_path}/checkpoints, and run" in go_back(tmp_path, 3)
+    assert f"Remove {tmp_path}/checkpoints, and run" in making_again(tmp_path, 3)
 
 
 # ------------------------------------------------------------------------------------------------------- the last step

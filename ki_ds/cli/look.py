@@ -70,16 +70,17 @@ def _amount(value: float | None) -> str:
 def status(file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None) -> None:
     """The state of every stage."""
     from ki_ds.launch.lock import holder
-    from ki_ds.stages.pipeline import stages, touched
+    from ki_ds.stages.pipeline import states, touched
 
     space = open_workspace(file, scale, workdir, settings)
-    again = touched(space)
-    for stage in stages(space.experiment):
+    found = states(space)
+    again = touched(space, found)
+    for stage, state in found.items():
         progress, who = stage.progress(space), holder(space.root, stage.folder)
         notes = [progress] if progress else []
         notes += [f"being made by {who}"] if who else []
         notes += [f"to be made again: {again[stage]}"] if stage in again else []
-        say(f"{MEANING[stage.state(space)]:30} {stage}" + (f" ({'; '.join(notes)})" if notes else ""))
+        say(f"{MEANING[state]:30} {stage}" + (f" ({'; '.join(notes)})" if notes else ""))
 
 
 def verify(

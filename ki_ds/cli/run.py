@@ -39,7 +39,7 @@ from ki_ds.launch.call import read_call
 from ki_ds.launch.command import Launch, check
 from ki_ds.launch.leftovers import Leftovers
 from ki_ds.progress import duration, say
-from ki_ds.stages.pipeline import commands, run, stages, touched, work
+from ki_ds.stages.pipeline import commands, run, stages, states, touched, work
 from ki_ds.workspace import SHIPPED, Workspace
 
 
@@ -68,7 +68,7 @@ def run_stages(
     check(launch)
     space.redo = redo
     if redo:
-        agreed("made again", [f"{stage} ({why})" for stage, why in touched(space).items()], yes)
+        agreed("made again", [f"{stage} ({why})" for stage, why in touched(space, states(space)).items()], yes)
     left = Leftovers(control.parent)
     done = run(space, launch, only, name)
     left.clear()
@@ -99,10 +99,10 @@ def clean(
     file: File, scale: Scale = None, workdir: Workdir = None, settings: Set = None, yes: Yes = False,
 ) -> None:  # fmt: skip
     """Remove from the work directory what nothing in the experiment names, and what was set aside."""
-    from ki_ds.stages.leftovers import leftovers, remove
+    from ki_ds.stages.clean import remove, unnamed
 
     space = open_workspace(file, scale, workdir, settings)
-    found = leftovers(space)
+    found = unnamed(space)
     agreed("removed", [f"{one.folder} ({one.size_bytes / 1e6:,.1f} MB)" for one in found], yes)
     for one in found:
         remove(space, one)

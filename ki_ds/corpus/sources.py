@@ -31,9 +31,8 @@ from ki_ds.errors import UserError, nearest, reason, unreadable
 from ki_ds.experiment.sources import SOURCE_KINDS, DatasetSource, JsonLinesSource, ParquetSource, Source, TextSource
 
 MAX_DOCUMENT_CHARACTERS = 1 << 20
-MAX_LINE = (
-    1 << 25
-)  # characters of a line of JSON, bytes of a row of Parquet: parsed, they may take thirty times as much
+# characters of a line of JSON, bytes of a row of Parquet: parsed, they may take thirty times as much
+MAX_LINE = 1 << 25
 READ_BYTES = 1 << 20
 PARQUET_ROWS = 64  # in memory at once
 

@@ -21,7 +21,7 @@ import xxhash
 from ki_ds.corpus.sources import Tally, documents
 from ki_ds.corpus.tokenizer import TextTokenizer
 from ki_ds.errors import UserError
-from ki_ds.experiment.schema import Corpus
+from ki_ds.experiment.schema import MOST_TOKENS, Corpus
 from ki_ds.files import remedy
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, Manifest, open_sealed
@@ -31,7 +31,6 @@ READ_BYTES = 1 << 20
 DOCUMENT_CHARACTERS = 256  # the least that a document counts for: its encoding takes about a kilobyte, however short
 PARTS = ("train", "validation")
 DTYPES = {"<u2": 2, "<u4": 4}  # bytes of an id
-MAX_LENGTH = 1 << 20  # the schema's
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def open_tokens(folder: Path) -> Tokens:
     dtype, length, sequences = said
     counts: list[Any] = [sequences.get(part) for part in PARTS] if isinstance(sequences, dict) else []
     numbers = all(type(number) is int and number > 0 for number in (length, *counts))
-    if not (counts and numbers and length <= MAX_LENGTH and isinstance(dtype, str) and dtype in DTYPES):
+    if not (counts and numbers and length <= MOST_TOKENS and isinstance(dtype, str) and dtype in DTYPES):
         raise _foreign(folder, f"dtype {dtype!r}, sequence_length {length!r}, sequences {sequences!r}")
     maps = []
     for part, count in zip(PARTS, counts, strict=True):

@@ -66,30 +66,27 @@ def save(engine: Any, folder: Path, step: int, keep: int, state: dict[str, Any],
         }  # fmt: skip
         write_atomically(here / RECORD, json.dumps(record, indent=1).encode())
         write_atomically(folder / "latest", tag.encode())  # for DeepSpeed's own tools
-        for old in _folders(folder)[:-keep]:
-            if _step(old) != always:
+        for number, old in [*saved(folder).items()][:-keep]:
+            if number != always:
                 shutil.rmtree(old)
     distributed.barrier()
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Of all checkpoints, whole or not, by step."""
-    return sorted((here for here in folder.glob("step-*") if here.name[5:].isdecimal()), key=_step)
-
-
-def _step(here: Path) -> int:
-    return int(here.name[5:])
+def saved(folder: Path) -> dict[int, Path]:
+    """The folders of all checkpoints, whole or not, by step and in that order."""
+    found = {int(here.name[5:]): here for here in folder.glob("step-*") if here.name[5:].isdecimal()}
+    return dict(sorted(found.items()))
 
 
 def reaches(folder: Path, step: int) -> bool:
     """Whether there is a whole checkpoint of at most so many steps."""
-    return any(_step(here) <= step and not _damage(here) for here in _folders(folder))
+    return any(number <= step and not _damage(here) for number, here in saved(folder).items())
 
 
 def go_back(folder: Path, step: int) -> None:
     """Remove the checkpoints of more than so many steps; one rank calls this."""
-    for here in reversed(_folders(folder)):
-        if _step(here) > step:
+    for number, here in reversed(saved(folder).items()):
+        if number > step:
             shutil.rmtree(here)
 
 
@@ -119,7 +116,7 @@ def latest(folder: Path, trusted: bool = False) -> Checkpoint | None:
     found, problem = None, ""
     if distributed.rank() == 0:
         damaged = []
-        for here in reversed(_folders(folder)):
+        for here in reversed(saved(folder).values()):
             why = _damage(here)
             if not why:
                 found = _read(here)

@@ -12,13 +12,13 @@ import numpy as np
 from ki_ds.errors import UserError
 from ki_ds.exchange.parquet import ParquetReader
 from ki_ds.exchange.teacher_inputs import TeacherInputs
+from ki_ds.experiment.schema import MOST_IDS
 from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.scalars import Scalar
 from ki_ds.targets.shard import FrameBlock, pack_block
 
 MASS_SLACK = 1e-3
-MOST_IDS = 1024  # of a row
 
 
 class Answers:

@@ -6,9 +6,9 @@ import shutil
 from pathlib import Path
 
 from ki_ds.errors import UserError
-from ki_ds.exchange.answers import MOST_IDS, Answers, blocks
+from ki_ds.exchange.answers import Answers, blocks
 from ki_ds.exchange.teacher_inputs import TeacherInputs, folder_header
-from ki_ds.experiment.schema import Experiment
+from ki_ds.experiment.schema import MOST_IDS, Experiment
 from ki_ds.files import file_digest
 from ki_ds.progress import Progress, say
 from ki_ds.sealed import Identity, prepare, read_unsealed, reopen, state

@@ -21,6 +21,7 @@ from ki_ds.experiment.strict import Strict, as_path
 from ki_ds.targets.selection import Selection
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+MOST_TOKENS, MOST_IDS = 1 << 20, 1024  # of a sequence; that are kept of a row
 MOST_STEPS, MOST_SEQUENCES = 10**9, 1 << 17  # of a run, of a step: together below 2^47 samples, where Mix is exact
 
 Positive = Annotated[int, Field(gt=0, le=MOST_STEPS)]
@@ -146,7 +147,7 @@ class TargetSettings(Strict):
         description="top_k: renormalised over the k ids (the paper); top_k_tail: all other ids as one more outcome; "
         "top_p: the smallest set that reaches mass p, renormalised; sampled: counts of random draws",
     )
-    k: Annotated[int, Field(gt=0, le=1024)] = Field(100, description="ids a row; top_p: at most")
+    k: Annotated[int, Field(gt=0, le=MOST_IDS)] = Field(100, description="ids a row; top_p: at most")
     p: Annotated[float, Field(gt=0, le=1)] | None = Field(None, description="top_p: the mass to be reached")
     draws: Annotated[int, Field(gt=0, le=255)] = Field(50, description="sampled: draws a row, with replacement")
 
@@ -285,7 +286,7 @@ class Experiment(Strict):
     name: Name = Field(description="names the default work directory, work/<name>")
     seed: Seed = Field(1, description="of data order, masks, initial weights and dropout")
     objective: Literal["mlm", "clm"] = Field(description="mlm: masked language models; clm: causal ones")
-    sequence_length: Annotated[int, Field(ge=8, le=1 << 20)] = Field(512, description="tokens of a sequence")
+    sequence_length: Annotated[int, Field(ge=8, le=MOST_TOKENS)] = Field(512, description="tokens of a sequence")
     tokenizer: Tokenizer = Field(description="trained here, or given")
     masking: Masking = Field(
         default_factory=lambda: Masking.model_validate({}), description='how sequences are masked; "mlm" only'

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -18,7 +18,7 @@ from ki_ds.launch.command import Launch
 from ki_ds.launch.launcher import launched
 from ki_ds.launch.lock import held
 from ki_ds.progress import duration, say
-from ki_ds.sealed import MANIFEST, aside, check_contents
+from ki_ds.sealed import MANIFEST, State, aside, check_contents
 from ki_ds.stages import STAGES
 from ki_ds.stages.stage import Refusals, Stage
 from ki_ds.workspace import Workspace
@@ -67,13 +67,17 @@ def _check_place(space: Workspace, stage: Stage) -> None:
             raise UserError(f"{place}: is a file, where {stage} is to have its folder. Move it away")
 
 
-def touched(space: Workspace) -> dict[Stage, str]:
+def states(space: Workspace) -> dict[Stage, State]:
+    """The state of every stage, in order."""
+    return {stage: stage.state(space) for stage in stages(space.experiment)}
+
+
+def touched(space: Workspace, found_states: Mapping[Stage, State]) -> dict[Stage, str]:
     """What a change of the experiment makes again, in order, each with why: stages whose folder was made from something
     else, and those that stand on them."""
     found: dict[Stage, str] = {}
-    for stage in stages(space.experiment):
-        state = stage.state(space)
-        again = {one.folder for one in found}
+    again = set[str]()
+    for stage, state in found_states.items():
         reads = next((read for read in stage.inputs(space.experiment) if read in again), None)
         if state == "other":
             found[stage] = "made from something else"
@@ -81,6 +85,7 @@ def touched(space: Workspace) -> dict[Stage, str]:
             found[stage] = "begun again, the old one waits"
         elif reads and stage.lasting and state != "absent":
             found[stage] = f"reads {reads}"
+        again |= {stage.folder} if stage in found else set()
     return found
 
 
@@ -99,7 +104,7 @@ def run(space: Workspace, launch: Launch, command: str | None = None, name: str 
         known = ", ".join(stage.name for stage in of_command)
         raise UserError(f'there is no stage "{name}"; the experiment has {known}')
     preflight(space, chosen, launch.processes, launch.hostfile is None)
-    again = touched(space) if space.redo else {}  # sealed or not: what they stand on is made again
+    again = touched(space, states(space)) if space.redo else {}  # sealed or not: what they stand on is made again
     waiting: list[Stage] = []  # launched stages in a row share one launch
     for stage in chosen:
         if not stage.launched and waiting:

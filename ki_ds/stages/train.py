@@ -35,7 +35,7 @@ from ki_ds.stages.tokenizer import expected
 from ki_ds.targets.manifest import read_facts
 from ki_ds.training.divergence import run_facts, warning
 from ki_ds.training.loop import train
-from ki_ds.training.records import go_back
+from ki_ds.training.records import making_again
 from ki_ds.training.run import TrainRun
 from ki_ds.workspace import Workspace
 
@@ -202,7 +202,7 @@ class Train(Stage):
             heartbeat.report(f"{self}: reading {file.name} once more")
             weights[file.name] = file_digest(file)
         heartbeat.report(f"{self}: reading metrics.jsonl")
-        measured = run_facts(read_metrics(folder / "metrics.jsonl", student.train.steps, partial(go_back, folder)))
+        measured = run_facts(read_metrics(folder / "metrics.jsonl", student.train.steps, partial(making_again, folder)))
         facts = {"content": digest(weights), **measured, **training_facts(space, student)}
         if measured["diverged"]:
             say(f"  {warning(str(self), measured['diverged'])}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
+from ki_ds.engine import checkpoints
 from ki_ds.launch import distributed
 from ki_ds.metrics import Metrics
 from ki_ds.training.loader import Loader
@@ -63,7 +64,7 @@ class Records:
             UserError: those up to it are not whole.
         """
         self.run, self.loader = run, loader
-        self.metrics = Metrics(folder, done, partial(go_back, folder)) if distributed.rank() == 0 else None
+        self.metrics = Metrics(folder, done, partial(making_again, folder)) if distributed.rank() == 0 else None
         last = self.metrics.last if self.metrics else {}
         names = ("seconds", "reading_seconds", "waited_seconds")
         self.seconds, self.reading_s, self.waited_s = (last.get(name) or 0.0 for name in names)
@@ -126,11 +127,11 @@ class Records:
             self.metrics.sync()
 
 
-def go_back(folder: Path, done: int) -> str:
+def making_again(folder: Path, done: int) -> str:
     """What to do where the metrics of a model that is not sealed are whole up to step `done` only: going on from a
     checkpoint that is no later makes the others again."""
-    saved = {int(one.name[5:]): one for one in (folder / "checkpoints").glob("step-*") if one.name[5:].isdecimal()}
-    later = [str(saved[step]) for step in sorted(saved) if step > done]
+    saved = checkpoints.saved(folder / "checkpoints")
+    later = [str(here) for step, here in saved.items() if step > done]
     earlier = max((step for step in saved if step <= done), default=None)
     if earlier is None:
         return f"Remove {folder / 'checkpoints'}, and run the same command again: it trains from the first step."

@@ -10,7 +10,7 @@ from helpers.pipelines import opened
 from ki_ds.cli import options
 from ki_ds.launch.lock import held
 from ki_ds.sealed import set_aside
-from ki_ds.stages.leftovers import leftovers, remove
+from ki_ds.stages.clean import remove, unnamed
 from ki_ds.stages.train import Train
 
 pytestmark = [pytest.mark.launch, pytest.mark.timeout(600)]
@@ -101,11 +101,11 @@ def test_clean_leaves_alone_what_waits_for_a_folder_that_is_being_made(whole, wo
 def test_what_is_gone_meanwhile_is_cleaned_already(whole, work):
     shutil.copytree(work / "models" / "t", work / "models" / "former")
     space = opened(whole[0], work)
-    found = leftovers(space)
+    found = unnamed(space)
     for _ in range(2):
         for one in found:
             remove(space, one)
-    assert len(found) == 1 and not leftovers(space)
+    assert len(found) == 1 and not unnamed(space)
 
 
 def test_clean_removes_what_nothing_names(whole, work):

@@ -14,6 +14,9 @@ from helpers.servers import (
     make,
 )
 
+from ki_ds import sealed
+from ki_ds.targets.manifest import TargetFacts, seal_targets
+
 
 @pytest.fixture
 def small(tmp_path):
@@ -86,3 +89,12 @@ def upload(request, tmp_path):
     if request.param == "memory":
         with contextlib.suppress(FileNotFoundError):
             fsspec.filesystem("memory").rm(f"memory://{prefix}", recursive=True)
+
+
+@pytest.fixture
+def finished(tmp_path):
+    """A sealed folder."""
+    sealed.prepare(tmp_path / "made", folders.IDENTITY)
+    folders.fill(tmp_path / "made")
+    seal_targets(tmp_path / "made", folders.IDENTITY, TargetFacts.read(folders.FACTS))
+    return tmp_path / "made"

@@ -12,15 +12,6 @@ from ki_ds.targets.manifest import TargetFacts, open_folder, read_facts, renamed
 from ki_ds.targets.shard import shard_name
 
 
-@pytest.fixture
-def finished(tmp_path):
-    """A sealed folder."""
-    sealed.prepare(tmp_path / "made", IDENTITY)
-    fill(tmp_path / "made")
-    seal_targets(tmp_path / "made", IDENTITY, TargetFacts.read(FACTS))
-    return tmp_path / "made"
-
-
 def test_sealed_folder_is_opened_by_its_manifest(finished):
     facts, manifest = read_facts(finished)
     assert (

@@ -11,7 +11,7 @@ import pytest
 import xxhash
 import zstandard
 from helpers.commands import environment
-from helpers.folders import FACTS, HEADER, HOW, IDENTITY, assert_read, fill, forge
+from helpers.folders import FACTS, HEADER, HOW, IDENTITY, assert_read, forge
 
 from ki_ds import sealed
 from ki_ds.errors import UserError
@@ -23,14 +23,6 @@ from ki_ds.targets.manifest import TargetFacts, open_folder, seal_targets
 from ki_ds.targets.shard import FOOTER, INDEX, MAGIC, FrameBlock, Shard, shard_name, write_shard
 
 MOST = 400  # MiB: docs/targets.md
-
-
-@pytest.fixture
-def finished(tmp_path):
-    sealed.prepare(tmp_path / "made", IDENTITY)
-    fill(tmp_path / "made")
-    seal_targets(tmp_path / "made", IDENTITY, TargetFacts.read(FACTS))
-    return tmp_path / "made"
 
 
 def bomb(folder, samples, slots, full):

@@ -17,14 +17,6 @@ from ki_ds.targets.manifest import TargetFacts, open_folder, seal_targets
 from ki_ds.targets.shard import FrameBlock, Shard, pack_block, write_shard
 
 
-@pytest.fixture
-def finished(tmp_path):
-    sealed.prepare(tmp_path / "made", IDENTITY)
-    fill(tmp_path / "made")
-    seal_targets(tmp_path / "made", IDENTITY, TargetFacts.read(FACTS))
-    return tmp_path / "made"
-
-
 def another(path):
     """A shard of other predictions about the same input, under the same header; as many bytes where it can be."""
     opened = Shard(path)

@@ -14,14 +14,14 @@ from ki_ds.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Leftover:
+class Unnamed:
     """A folder that a stage once made."""
 
     folder: str  # under the work directory
     size_bytes: int
 
 
-def leftovers(space: Workspace) -> list[Leftover]:
+def unnamed(space: Workspace) -> list[Unnamed]:
     """Folders that stages made, or that were set aside for new ones, and that no stage of the experiment makes."""
     named = {stage.folder for stage in stages(space.experiment)}
     parents = {kind.parent for kind in STAGES} | {""}
@@ -32,17 +32,17 @@ def leftovers(space: Workspace) -> list[Leftover]:
         made = waits or any((path / name).exists() for name in (MANIFEST, UNSEALED))
         if made and not path.is_symlink() and folder not in named:
             size = sum(file.lstat().st_size for file in path.rglob("*") if not file.is_dir())
-            found.append(Leftover(folder, size))
+            found.append(Unnamed(folder, size))
     return found
 
 
-def remove(space: Workspace, leftover: Leftover) -> None:
+def remove(space: Workspace, one: Unnamed) -> None:
     """Remove one, unless somebody is making it.
 
     Raises:
         UserError: somebody is.
     """
-    path = Path(leftover.folder)
+    path = Path(one.folder)
     name = path.name[1 : -len(".old")] if path.name.startswith(".") else path.name  # what waits belongs to the new one
     with held(space.root, [str(path.with_name(name))]):
         sealed.remove(space.root / path)
