@@ -103,6 +103,7 @@ def _training(experiment: Experiment, workdir: Path, run: Run) -> Record:
     return {
         "optimizer": train.optimizer if train else None,
         "learning_rate": train.learning_rate if train else None,
+        "schedule": train.schedule if train else None,
         "seed": experiment.model_seed(run.name),
         "tokens": tokens,
         "precision": facts.precision,
@@ -256,6 +257,7 @@ def _provenance(models: Record) -> list[tuple[str, dict[str, str]]]:
         seconds, rate = training["seconds"], training["tokens_per_second"]
         return {
             "optimizer, learning rate": f"{training['optimizer']}, {training['learning_rate']:g}",
+            "its schedule": training["schedule"],
             "batch": f"{record['batch_size']:,} × {record['sequence_length']:,} tokens",
             "tokens": f"{training['tokens']:,}",
             "seed": training["seed"],
