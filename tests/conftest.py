@@ -3,9 +3,6 @@
 import os
 import signal
 
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's background jobs inherit it, and ki-ds leaves it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
@@ -17,3 +14,8 @@ from ki_ds.launch import distributed
 
 torch.set_num_threads(1)
 distributed.quiet()
+
+# what a shell's background jobs and nohup inherit as ignored, ki-ds leaves so
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) is signal.SIG_IGN:
+        signal.signal(number, usual)
