@@ -23,7 +23,7 @@ LAYERS = [
     ["metrics", "targets"],
     ["digests"],
     ["progress", "sealed"],
-    ["files"],
+    ["files", "pinned"],
     ["errors"],
 ]
 UPWARDS = 3  # so many may be

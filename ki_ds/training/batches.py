@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ki_ds.kernels import PackedTargets
+from ki_ds.pinned import host_tensor
 from ki_ds.targets.codec import Codec, Planes
 
 
@@ -59,18 +60,6 @@ class Batch:
             of_corpus_N, taught_N = micro.corpus_N.numpy(), micro.taught_N.numpy()
             found += [np.bincount(numbers, minlength=corpora) for numbers in (of_corpus_N, of_corpus_N[taught_N])]
         return found
-
-
-def host_tensor(array: np.ndarray) -> Tensor:
-    """An array as a tensor on the host: where there is a GPU in pinned memory, from which it is copied without waiting.
-
-    numpy copies, not torch: the loader's thread must not start a second pool of threads.
-    """
-    if not torch.cuda.is_available():
-        return torch.from_numpy(np.ascontiguousarray(array))
-    found = torch.empty(array.shape, dtype=torch.from_numpy(np.empty(0, array.dtype)).dtype, pin_memory=True)
-    found.numpy()[...] = array
-    return found
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,11 @@ from ki_ds.corpus.masking import View, Viewer
 from ki_ds.corpus.stream import CorpusStream, Mix
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.errors import UserError
+from ki_ds.pinned import host_tensor
 from ki_ds.targets.codec import Codec, Planes
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.source import Place
-from ki_ds.training.batches import Batch, MicroBatch, TargetCollator, host_tensor
+from ki_ds.training.batches import Batch, MicroBatch, TargetCollator
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,9 @@ from ki_ds.corpus.hashing import derive_key
 from ki_ds.engine.engine import Engine
 from ki_ds.experiment.schedules import learning_rate
 from ki_ds.launch import distributed, heartbeat
+from ki_ds.pinned import host_tensor
 from ki_ds.progress import Progress
-from ki_ds.training.batches import Batch, host_tensor
+from ki_ds.training.batches import Batch
 from ki_ds.training.divergence import DivergenceWatch, SkippedSteps, overflow
 from ki_ds.training.loader import Loader
 from ki_ds.training.records import CorpusMeans, Records, StepResult

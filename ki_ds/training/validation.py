@@ -13,8 +13,8 @@ import torch
 from ki_ds.corpus.masking import VALIDATION_VIEW, Viewer
 from ki_ds.engine.engine import Engine
 from ki_ds.launch import distributed, heartbeat
+from ki_ds.pinned import host_tensor
 from ki_ds.progress import Progress
-from ki_ds.training.batches import host_tensor
 from ki_ds.training.run import Every, TrainRun
 
 

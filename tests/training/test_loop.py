@@ -16,7 +16,8 @@ from ki_ds.corpus.masking import Viewer
 from ki_ds.errors import UserError
 from ki_ds.launch import heartbeat
 from ki_ds.metrics import read_metrics
-from ki_ds.training.batches import Batch, MicroBatch, host_tensor
+from ki_ds.pinned import host_tensor
+from ki_ds.training.batches import Batch, MicroBatch
 from ki_ds.training.divergence import MOST_SKIPPED, SkippedSteps, diverged, run_facts
 from ki_ds.training.loop import Sums, accumulate, train, update
 from ki_ds.training.records import CorpusMeans, Records, StepResult
