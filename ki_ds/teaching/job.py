@@ -8,7 +8,6 @@ one another but the folder (`ki_ds.teaching.claims`).
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,26 +17,26 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ki_ds.corpus.hashing import counter_hash, derive_key
 from ki_ds.corpus.masking import View, Viewer
 from ki_ds.corpus.stream import CorpusStream
 from ki_ds.corpus.tokens import Tokens
 from ki_ds.errors import UserError
-from ki_ds.kernels.select.pack import planes_of
 from ki_ds.launch import distributed, heartbeat
 from ki_ds.progress import Progress
 from ki_ds.sealed import MANIFEST, UNSEALED, Identity, Manifest, prepare, reopen, state
-from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.codec import Codec
 from ki_ds.targets.distortion import Bound, Distortion, check_bound
 from ki_ds.targets.folder import ShardFolder
 from ki_ds.targets.header import FolderHeader
 from ki_ds.targets.manifest import MOST_SHARDS, TargetFacts, begun_grid, open_folder, seal_targets
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.shard import FrameBlock, pack_block, write_shard
+from ki_ds.teaching.asking import Answer, Question, Said, ask, question
 from ki_ds.teaching.claims import Claims, sealed_by_one, shared
 from ki_ds.teaching.teacher import Teacher
 
 ENCODERS = 4  # threads that encode and compress while the teacher computes on
+AHEAD = 1  # micro-batches that the device computes while the host takes what was said of an earlier one
 
 
 @dataclass(frozen=True)
@@ -110,12 +109,29 @@ def fill(shards: ShardFolder, claims: Claims, job: TeachJob, device: torch.devic
     with heartbeat.lengthy(f"teach {folder.name}: loading models.{job.teacher_name}"):
         teacher = job.teacher(device)
     done, shown = max(total - len(claims.left) * job.samples_per_shard, 0), distributed.rank() == 0
+    storing: list[Future[None]] = []  # the last shard, while the next one is computed
+
+    def stored() -> None:
+        """Wait for it."""
+        while storing:
+            storing.pop().result()
+
+    def task() -> int | None:
+        """The next shard."""
+        if not claims.untried:  # else the one that is being stored would look like another rank's that is slow
+            stored()
+        return claims.next(teacher.group.backs_up)
+
     try:
-        with torch.inference_mode(), Progress(f"teach {folder.name}", total, "sequences", done, shown) as progress:
-            while (number := teacher.group.task(lambda: claims.next(teacher.group.backs_up))) is not None:
+        with (
+            torch.inference_mode(),
+            Progress(f"teach {folder.name}", total, "sequences", done, shown) as progress,
+            ThreadPoolExecutor(1, thread_name_prefix="writer") as writer,
+        ):
+            while (number := teacher.group.task(task)) is not None:
                 start = number * job.samples_per_shard
                 samples = np.arange(start, min(start + job.samples_per_shard, total))
-                there = min(claims.count() * job.samples_per_shard, total) if shown else 0
+                there = min((claims.count() + len(storing)) * job.samples_per_shard, total) if shown else 0
 
                 def told(here: int, number: int = number, count: int = len(samples), there: int = there) -> bool:
                     """Say how far this shard is; whether it is still wanted."""
@@ -129,7 +145,9 @@ def fill(shards: ShardFolder, claims: Claims, job: TeachJob, device: torch.devic
                     place = f"models.{job.teacher_name}: its targets from sample {start} on"
                     lost = Distortion.of(block.distortion_n for block in blocks)
                     check_bound(lost, job.bound, job.codec.quantum, place)
-                    store(folder / shards.name(number), job, start, blocks)
+                    stored()
+                    storing.append(writer.submit(store, folder / shards.name(number), job, start, blocks))
+            stored()
             progress.reach(total)
     finally:
         teacher.close()
@@ -170,7 +188,8 @@ def check_unchanged(folder: Path) -> None:
 def compute(
     teacher: Teacher, job: TeachJob, samples: np.ndarray, device: torch.device, told: Callable[[int], bool]
 ) -> list[FrameBlock] | None:
-    """The frames of the given samples, compressed in threads while the teacher goes on.
+    """The frames of the given samples. While the teacher computes, the next view is made and earlier answers are taken,
+    encoded and compressed.
 
     Args:
         told: hears before every micro-batch how many samples are done, and says whether the rest is wanted.
@@ -183,74 +202,52 @@ def compute(
         Stopped: it was asked for.
     """
     blocks: list[FrameBlock] = []
-    waiting: deque[Future[FrameBlock]] = deque()
-    place, begin = f"models.{job.teacher_name}", 0
-    with ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders:
+    packing: deque[Future[FrameBlock]] = deque()
+    place, begin, computing = f"models.{job.teacher_name}", 0, deque[Answer]()
+
+    def take() -> None:
+        """Have the oldest answer packed."""
+        answer = computing.popleft()
+        said = answer.take(job.codec, job.teacher_name)
+        teacher.micro_batch.took(len(answer.question.samples), said.seconds)
+        if teacher.group.leads:
+            packing.append(encoders.submit(_pack, job, said, answer.question.view))
+        if len(packing) > ENCODERS:
+            blocks.append(packing.popleft().result())
+
+    with (
+        ThreadPoolExecutor(ENCODERS, thread_name_prefix="encoder") as encoders,
+        ThreadPoolExecutor(1, thread_name_prefix="viewer") as viewers,
+    ):
+
+        def following(begin: int) -> Future[Question]:
+            """The question at the samples from there on, made in a thread."""
+            chosen = samples[begin : begin + teacher.micro_batch.size]
+            return viewers.submit(question, chosen, job.tokens.train, job.stream, job.viewer, job.selection)
+
+        next_one = following(begin)
         while begin < len(samples):
             if not teacher.group.goes_on(told(begin)):
                 return None
-            chosen = samples[begin : begin + teacher.micro_batch.size]
-            answer = ask(teacher, job, chosen, device)
+            asked = next_one.result()
+            answer = ask(teacher, asked, device)
             if answer is None:
-                teacher.micro_batch.failed(len(chosen), place)
+                while computing:
+                    take()
+                teacher.micro_batch.failed(len(asked.samples), place)
+                next_one = following(begin)
                 continue
-            planes, distortion_n, view = answer
-            if teacher.group.leads:
-                waiting.append(encoders.submit(_pack, job, planes, distortion_n, view))
-            if len(waiting) > ENCODERS:
-                blocks.append(waiting.popleft().result())
-            begin += len(chosen)
-        blocks += [future.result() for future in waiting]
+            computing.append(answer)
+            begin += len(asked.samples)
+            next_one = following(begin)
+            if len(computing) > AHEAD:
+                take()
+        while computing:
+            take()
+        blocks += [future.result() for future in packing]
     return blocks
 
 
-def ask(
-    teacher: Teacher, job: TeachJob, samples: np.ndarray, device: torch.device
-) -> tuple[Planes, np.ndarray, View] | None:
-    """What a teacher says at samples, computed at once: packed rows, what packing cost each (nats), and what
-    the teacher saw; None: memory was short.
-
-    Raises:
-        UserError: a prediction is not a number or infinite; names the sample and the row.
-    """
-    sequences, views = job.stream.pairs(samples)
-    view = job.viewer(job.tokens.train[sequences], sequences, views)
-    rows = np.flatnonzero(view.loss_mask_BS)
-    labels = view.labels_BS.reshape(-1)[rows]
-    draw_key = derive_key("draw", job.stream.seed, job.stream.corpus)
-    drawn = uniforms(draw_key, sequences, views, rows, view, job.selection)
-    arrays = (view.inputs_BS.astype(np.int64), rows, labels.astype(np.int64), drawn)
-    began = time.perf_counter()
-    try:
-        found = teacher.predict(*(None if x is None else torch.from_numpy(x).to(device) for x in arrays))
-        broken = np.isnan(found.scalars["truth"].cpu().numpy())
-        if broken.any():
-            first = int(broken.argmax())
-            which, index = divmod(int(rows[first]), view.inputs_BS.shape[1])
-            row = int(view.loss_mask_BS[which, :index].sum())
-            raise UserError(
-                f"models.{job.teacher_name}: its prediction is not a number or infinite at sample {samples[which]} of "
-                f"its corpus, row {row} (index {index}); the teacher's weights are broken, or too large for "
-                "inference.precision. Expected finite logits, or -inf at some ids"
-            )
-        planes, distortion_n = planes_of(found, job.codec), found.distortion_N.cpu().numpy()
-    except torch.OutOfMemoryError:
-        return None
-    teacher.micro_batch.took(len(samples), time.perf_counter() - began)
-    return planes, distortion_n, view
-
-
-def _pack(job: TeachJob, planes: Planes, distortion_n: np.ndarray, view: View) -> FrameBlock:
+def _pack(job: TeachJob, said: Said, view: View) -> FrameBlock:
     ends = np.cumsum(view.loss_mask_BS.sum(axis=1))
-    return pack_block(job.codec, planes, ends, job.viewer.digests(view), distortion_n)
-
-
-def uniforms(
-    key: int, sequences_B: np.ndarray, views_B: np.ndarray, rows_N: np.ndarray, view: View, selection: Selection
-) -> np.ndarray | None:
-    """float64 [N, draws] in [0, 1), for sampled targets: a function of the place alone, whatever the batch."""
-    if not selection.counts:
-        return None
-    which, index = np.divmod(rows_N, view.inputs_BS.shape[1])
-    places = (sequences_B[which][:, None], views_B[which][:, None], index[:, None])
-    return (counter_hash(key, *places, np.arange(selection.k)[None, :]) >> np.uint64(11)) * 2.0**-53
+    return pack_block(job.codec, said.planes, ends, job.viewer.digests(view), said.distortion_n)

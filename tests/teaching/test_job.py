@@ -6,7 +6,7 @@ import numpy as np
 
 from ki_ds.corpus.masking import View
 from ki_ds.targets.selection import Selection
-from ki_ds.teaching.job import uniforms
+from ki_ds.teaching.asking import uniforms
 
 
 def places(sequences, length, targets):

@@ -21,6 +21,7 @@ from ki_ds.stages.teach import Teach
 from ki_ds.stages.train import Train
 from ki_ds.targets.selection import Selection
 from ki_ds.targets.spec import TargetSpec
+from ki_ds.teaching import asking
 from ki_ds.teaching import job as teach
 from ki_ds.teaching import teacher as inference
 from ki_ds.teaching.batch_size import MICRO_BATCH
@@ -199,10 +200,31 @@ def test_ranks_that_compute_together_do_not_halve(real):
 
 
 def test_micro_batch_grows_until_memory_is_short(real, monkeypatch):
+    """Two micro-batches later than it could: when it is heard how long one took, the next is under way, and what comes
+    after it is ready."""
     clock = iter(range(1000))
-    monkeypatch.setattr(teach.time, "perf_counter", lambda: float(next(clock)))  # any size takes one second
+    monkeypatch.setattr(asking.time, "perf_counter", lambda: float(next(clock)))  # any size takes one second
     sizes, _, _ = computed(real, 100, MicroBatchFinder(16, True, True), 600)
-    assert sizes == [16, 16, 32, 32, 64, 64, 128, *[64] * 5, 56]
+    assert sizes == [*[16] * 4, *[32] * 4, *[64] * 4, 128, 64, 64, 24]
+
+
+def test_what_was_said_is_taken_while_the_next_micro_batch_is_computed(real, monkeypatch):
+    """The host packs an answer when the next question is on its way; none is lost or changes places."""
+    said = []
+    real_take = asking.Answer.take
+
+    def take(self, *rest):
+        said.append(("taken", int(self.question.samples[0])))
+        return real_take(self, *rest)
+
+    def predict(ids, *rest):
+        said.append("asked")
+        return real[1].predict(ids, *rest)
+
+    monkeypatch.setattr(asking.Answer, "take", take)
+    teacher = Teacher(predict, Replicated(), MicroBatchFinder(16, False, True), lambda: None)
+    teach.compute(teacher, real[0], np.arange(40), CPU, lambda here: True)
+    assert said == ["asked", "asked", ("taken", 0), "asked", ("taken", 16), ("taken", 32)]
 
 
 def test_micro_batch_stops_growing_where_it_does_not_pay():

@@ -5,7 +5,7 @@ N (or n) rows, K kept ids a row. What a value is, `ki_ds.targets.quanta` says.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,6 +29,12 @@ class Predictions:
     count_N: Tensor  # int32, entries that hold
     scalars: dict[Scalar, Tensor]  # float32 [N]
     distortion_N: Tensor  # float32, KL(original ‖ decoded) over the kept entries; the largest over the temperatures
+
+    def on_host(self, copy: Callable[[Tensor], Tensor]) -> Predictions:
+        """The same by a way of copying."""
+        high = None if self.high_NK is None else copy(self.high_NK)
+        ids, values, count, lost = (copy(x) for x in (self.ids_NK, self.values_NK, self.count_N, self.distortion_N))
+        return Predictions(ids, high, values, count, {name: copy(x) for name, x in self.scalars.items()}, lost)
 
 
 @dataclass(frozen=True)

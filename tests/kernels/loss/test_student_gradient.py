@@ -15,7 +15,7 @@ from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.targets.codec import Codec
 from ki_ds.targets.quanta import NAT
 from ki_ds.targets.selection import Selection
-from ki_ds.teaching.job import uniforms
+from ki_ds.teaching.asking import uniforms
 
 
 def taught(logits, selection, quantum, temperature, tail=False):
