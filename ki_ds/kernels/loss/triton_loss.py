@@ -333,7 +333,8 @@ def chunk_loss(
         ki_loss_rows[(count,)](
             product_NV, padded, vocabulary, count, rows.labels_N.contiguous(), rows.alpha_N,
             ids, high, values, counts, tails, stride_k, kept,
-            0.0 if targets is None else targets.quantum, temperature, scale, cap, gain * (1.0 if cap else scale), sums,
+            0.0 if targets is None else targets.quantum, float(temperature), scale, cap,  # a whole one compiles anew
+            gain * (1.0 if cap else scale), sums,
             TAUGHT=targets is not None, HIGH=targets is not None and targets.high_NK is not None,
             TAIL=targets is not None and targets.tail_N is not None,
             POWER=int(temperature) if temperature in (1, 2) else 0, CAP=cap > 0,
