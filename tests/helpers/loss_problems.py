@@ -1,10 +1,11 @@
-"""Inputs of the loss for the tests of its implementations, the formula by hand, and what they are compared by."""
+"""Inputs of the loss for the tests of its implementations, the formula by hand, and what they are compared by.
 
-import importlib.util
+It needs no test runner: the benchmarks of a GPU take their problems from here, too.
+"""
+
 import math
 from contextlib import contextmanager
 
-import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -15,40 +16,38 @@ MODES = ("renormalised", "tail", "counts")
 TEMPERATURES = (0.5, 1.0, 2.0, 4.0)
 # arguments of `problem`: none of what a model may have beside a plain head, and all of it
 FORMS = {"plain": {}, "everything": dict(padding=5, logit_transform=LogitTransform(0.6, 4.0))}
-NEEDS_TRITON = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # of the Triton kernels; on a CPU the interpreter runs them
-# what the interpreter takes long for, and test_triton_loss.py proves of any shape, waits for a GPU or the slow tests
-INTERPRETED = (NEEDS_TRITON, *([] if torch.cuda.is_available() else [pytest.mark.slow]))
 LEAVES = ("hidden_ND", "weight_VD", "bias_V")
 
 
 def problem(
     rows, hidden, vocabulary, k, seed, mode="renormalised", dtype=torch.float64, bias=True,
-    padding=0, logit_transform=IDENTITY, device="cpu",
+    padding=0, logit_transform=IDENTITY, device="cpu", draw_on=None,
 ):  # fmt: skip
     """Random inputs: some rows without a label, some without a target, some partly filled, some without a tail. What
     must not be read is poison: entries behind a row's count, the tail and α of rows where there is nothing to weigh.
-    Rows of padding would take all probability."""
-    g = torch.Generator().manual_seed(seed)
-    ids = torch.zeros(rows, k, dtype=torch.int64)
-    for n in range(rows):
-        ids[n] = torch.randperm(vocabulary, generator=g)[:k].sort().values
-    count = torch.randint(0, k + 1, (rows,), generator=g, dtype=torch.int32)
+    Rows of padding would take all probability. `draw_on`: the device to draw on, other numbers than by default and fast
+    for many rows of many ids."""
+    g = torch.Generator(draw_on or "cpu").manual_seed(seed)
+    here = {"generator": g, "device": g.device}
+    ids = _spread_ids(rows, vocabulary, k, here) if draw_on else _ids(rows, vocabulary, k, g)
+    count = torch.randint(0, k + 1, (rows,), **here, dtype=torch.int32)
     count[::3] = k
     count[5::6] = 0
-    behind = torch.arange(k)[None, :] >= count[:, None]
+    behind = torch.arange(k, device=g.device)[None, :] >= count[:, None]
     lowest, highest = (1, 31) if mode == "counts" else (0, 256)
-    values = torch.randint(lowest, highest, (rows, k), generator=g)
-    tail = torch.randn(rows, generator=g) * 3
-    tail = tail.masked_fill((torch.rand(rows, generator=g) < 0.3) | (count == vocabulary), -torch.inf)
+    values = torch.randint(lowest, highest, (rows, k), **here)
+    tail = torch.randn(rows, **here) * 3
+    tail = tail.masked_fill((torch.rand(rows, **here) < 0.3) | (count == vocabulary), -torch.inf)
     low = (ids & 0xFFFF).to(torch.int32).masked_fill(behind, -1).to(torch.int16)
     high = (ids >> 16).masked_fill(behind, 255).to(torch.uint8) if vocabulary > 1 << 16 else None
-    labels = torch.randint(-1, vocabulary, (rows,), generator=g)
-    labels[labels < 0] = torch.tensor([-1, -100])[torch.arange(int((labels < 0).sum())) % 2]
-    alpha = torch.rand(rows, generator=g) * (torch.rand(rows, generator=g) > 0.3)
+    labels = torch.randint(-1, vocabulary, (rows,), **here)
+    without = (labels < 0).cumsum(0)
+    labels = torch.where(labels < 0, torch.where(without % 2 == 1, -1, -100), labels)
+    alpha = torch.rand(rows, **here) * (torch.rand(rows, **here) > 0.3)
 
     def leaf(*shape):
-        return torch.randn(*shape, generator=g, dtype=torch.float64)
+        return torch.randn(*shape, **here, dtype=torch.float64)
 
     leaves = {"hidden_ND": leaf(rows, hidden), "weight_VD": leaf(vocabulary, hidden)}
     leaves["bias_V"] = leaf(vocabulary) if bias else None
@@ -73,6 +72,21 @@ def problem(
     if logit_transform != IDENTITY:
         inputs["logit_transform"] = logit_transform
     return inputs
+
+
+def _ids(rows, vocabulary, k, g):
+    """int64 [rows, k], distinct and rising within a row."""
+    ids = torch.zeros(rows, k, dtype=torch.int64)
+    for n in range(rows):
+        ids[n] = torch.randperm(vocabulary, generator=g)[:k].sort().values
+    return ids
+
+
+def _spread_ids(rows, vocabulary, k, here):
+    """The same without a loop over rows: an id out of each of k runs of ids."""
+    ends = torch.arange(k + 1, device=here["device"]) * vocabulary // k
+    within = (torch.rand(rows, k, dtype=torch.float64, **here) * ends.diff()).long()
+    return ends[:-1] + within.clamp(max=ends.diff() - 1)
 
 
 def leaves(inputs):

@@ -1,4 +1,4 @@
-"""Targets to be packed, and the definition of a packed row, in float64 and apart from the packer."""
+"""Targets to be packed, and how packed ones are compared."""
 
 import numpy as np
 import torch
@@ -6,44 +6,8 @@ from hypothesis import strategies as st
 
 from ki_ds.kernels.select.pack import pack_arrays
 from ki_ds.targets import codec
-from ki_ds.targets.codec import Codec, Planes
+from ki_ds.targets.codec import Codec
 from ki_ds.targets.quanta import LARGEST
-
-
-def quanta(value):
-    """FORMAT.md's D(v) / q."""
-    return value + 7 * np.maximum(value - 192, 0)
-
-
-def by_definition(how, ids_nK, given_nK, scalars):
-    """(planes, KL(original ‖ decoded) [n]) of rows of distinct ids; arguments as those of `pack_arrays`. Only how many
-    quanta an entry lies below its row's first is computed in float32, as the format's writers do."""
-    n = len(ids_nK)
-    kept = given_nK > (0 if how.quantum == 0 else -np.inf)
-    values, lost = given_nK, np.zeros(n)
-    if how.quantum:
-        logp = given_nK.astype(np.float32)
-        first = np.where(kept, logp, -np.inf).max(axis=1, keepdims=True, initial=-np.inf)
-        below = np.where(kept, np.where(np.isfinite(first), first, np.float32(0)) - np.where(kept, logp, 0), 0)
-        steps = (below.astype(np.float32) * np.float32(1 / how.quantum)).astype(np.float64)
-        values = np.where(np.rint(steps) > 192, np.minimum(192 + np.rint((steps - 192) / 8), 255), np.rint(steps))
-        decoded = how.quantum * quanta(values)
-        for temperature in {1.0, *how.tails}:
-            p, q = (np.where(kept, np.exp(-nats / temperature), 0) for nats in (below.astype(np.float64), decoded))
-            p, q = (x / np.maximum(x.sum(axis=1, keepdims=True), 1e-300) for x in (p, q))
-            with np.errstate(divide="ignore", invalid="ignore"):
-                lost = np.maximum(lost, np.where(p > 0, p * (np.log(p) - np.log(q)), 0).sum(axis=1))
-    planes = [np.zeros((n, how.k), np.uint32), np.zeros((n, how.k), np.uint8)]
-    for row in range(n):
-        order = np.argsort(np.where(kept[row], ids_nK[row], 1 << 30))[: kept[row].sum()]
-        planes[0][row, : len(order)], planes[1][row, : len(order)] = ids_nK[row, order], values[row, order]
-    stored = np.zeros((len(how.scalars), n), np.int16)
-    for place, scalar in enumerate(how.scalars):
-        nats = np.asarray(scalars[scalar], np.float64)
-        stored[place] = np.where(nats == -np.inf, -32768, np.clip(np.rint(nats * 256), -32767, 32767))
-    high = (planes[0] >> 16).astype(np.uint8) if how.vocabulary > 1 << 16 else None
-    return Planes(planes[0].astype(np.uint16), high, planes[1], kept.sum(axis=1).astype(np.uint16), stored), lost
-
 
 FIELDS = ("ids_nK", "high_nK", "values_nK", "count_n", "scalars_Sn")
 VOCABULARIES = (1, 2, 200, 256, 257, 65_535, 65_536, 65_537, 152_064, 1 << 24)

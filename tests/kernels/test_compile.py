@@ -1,4 +1,5 @@
-"""What only the compiled form of the Triton kernels shows; their numbers are compared in `loss/` and `select/`."""
+"""What the compiled form of the Triton kernels shows without a GPU; with one, see `tests/gpu`. Their numbers are
+compared in `loss/` and `select/`."""
 
 import json
 import os
@@ -6,14 +7,9 @@ import subprocess
 import sys
 
 import pytest
-import torch
-from helpers.loss_problems import NEEDS_TRITON, leaves, problem
-
-from ki_ds.kernels import ki_loss, select_targets
-from ki_ds.targets.selection import Selection
+from helpers.marks import NEEDS_TRITON
 
 pytestmark = [NEEDS_TRITON, pytest.mark.slow]
-ON_A_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="the interpreter compiles nothing")
 
 # dtype, architecture, kind of targets, τ, soft cap, ids beyond 16 bits, gradient
 MAIN = [
@@ -89,34 +85,3 @@ def test_selection_compiles_without_spills_with_wide_loads_and_once_for_all_size
     parameters = compiler["selection parameters"]
     assert [name for name, (constant, _) in parameters.items() if constant] == ["T", "BLOCK", "TILE", "CAP"]
     assert {"V", "K", "room", "scale", "cap"} <= {name for name, (_, general) in parameters.items() if general}
-
-
-@ON_A_GPU
-def test_one_loss_kernel_serves_all_sizes():
-    from ki_ds.kernels.loss.triton_loss import ki_loss_rows
-
-    def kernels():
-        return len(ki_loss_rows.device_caches[torch.cuda.current_device()][0])
-
-    def run(rows, k, vocabulary):
-        inputs = problem(rows, 8, vocabulary, k, 14, "tail", torch.bfloat16, device="cuda")
-        torch.autograd.grad(ki_loss(**inputs, temperature=2.0, impl="triton").loss, leaves(inputs))
-
-    run(64, 16, 1000)
-    before = kernels()
-    for rows, k, vocabulary in ((1, 1, 1000), (63, 7, 999), (5000, 100, 1003), (16, 16, 1024)):
-        run(rows, k, vocabulary)
-    assert kernels() == before
-
-
-@ON_A_GPU
-def test_one_selection_kernel_serves_all_sizes():
-    from ki_ds.kernels.select.triton_select import select_kernel
-
-    compiled = set()
-    for rows, vocabulary, k in [(1, 50, 1), (3, 16, 16), (7, 5000, 17), (40, 50_265, 100), (16, 1024, 512)]:
-        hidden, weight = (torch.randn(n, 8, device="cuda") for n in (rows, vocabulary))
-        labels = torch.zeros(rows, dtype=torch.int64, device="cuda")
-        select_targets(hidden, weight, None, labels, Selection("top_k", k), 1 / 16, impl="triton")
-        compiled.add(len(select_kernel.device_caches[torch.cuda.current_device()][0]))
-    assert len(compiled) == 1

@@ -4,7 +4,8 @@ import logging
 
 import pytest
 import torch
-from helpers.loss_problems import NEEDS_TRITON, problem
+from helpers.loss_problems import problem
+from helpers.marks import NEEDS_TRITON
 
 from ki_ds.kernels import dispatch, ki_loss, select_targets
 from ki_ds.targets.selection import Selection

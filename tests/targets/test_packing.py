@@ -5,11 +5,8 @@ import warnings
 
 import numpy as np
 import pytest
-from helpers.targets import (
-    entries,
-    inputs,
-    quanta,
-)
+from helpers.definition import quanta
+from helpers.targets import entries, inputs
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 

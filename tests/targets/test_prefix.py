@@ -4,11 +4,8 @@ import math
 
 import numpy as np
 import pytest
-from helpers.targets import (
-    entries,
-    inputs,
-    quanta,
-)
+from helpers.definition import quanta
+from helpers.targets import entries, inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

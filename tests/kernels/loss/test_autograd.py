@@ -7,7 +7,6 @@ import torch
 from helpers.loss_problems import (
     DEVICE,
     FORMS,
-    INTERPRETED,
     LEAVES,
     MODES,
     Largest,
@@ -17,6 +16,7 @@ from helpers.loss_problems import (
     poisoned_memory,
     problem,
 )
+from helpers.marks import INTERPRETED
 from torch.utils.checkpoint import checkpoint
 
 from ki_ds.kernels import ki_loss

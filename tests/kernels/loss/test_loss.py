@@ -9,7 +9,6 @@ from helpers.loss_problems import (
     DEVICE,
     FORMS,
     MODES,
-    NEEDS_TRITON,
     QUANTUM,
     TEMPERATURES,
     by_hand,
@@ -18,6 +17,7 @@ from helpers.loss_problems import (
     problem,
     widened,
 )
+from helpers.marks import ON_DEVICE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -27,7 +27,7 @@ from ki_ds.kernels.loss import chunked
 # the interpreter computes in numpy, which warns of what stays behind a mask
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
 IMPLS = ("reference", "chunked")
-IN_FP32 = [(impl, "cpu") for impl in IMPLS] + [pytest.param("triton", DEVICE, marks=NEEDS_TRITON)]
+IN_FP32 = [(impl, "cpu") for impl in IMPLS] + [pytest.param("triton", DEVICE, marks=ON_DEVICE)]
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers.loss_problems import DEVICE, FORMS, INTERPRETED, MODES, gradients, problem, widened
+from helpers.loss_problems import DEVICE, FORMS, MODES, gradients, problem, widened
+from helpers.marks import INTERPRETED
 
 from ki_ds.kernels import LogitTransform
 

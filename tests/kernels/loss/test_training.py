@@ -5,7 +5,8 @@ import functools
 
 import pytest
 import torch
-from helpers.loss_problems import DEVICE, NEEDS_TRITON, problem
+from helpers.loss_problems import DEVICE, problem
+from helpers.marks import ON_DEVICE
 
 from ki_ds.corpus.tokenizer import expected
 from ki_ds.models import architectures, hugging_face, language_model
@@ -80,9 +81,8 @@ def curve(model, steps):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize(("impl", "steps"), [("chunked", 30), pytest.param("triton", 5, marks=NEEDS_TRITON)])
-def test_all_implementations_train_along_the_same_curve(run, monkeypatch, impl, steps, tied):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
+@pytest.mark.parametrize(("impl", "steps"), [("chunked", 30), pytest.param("triton", 5, marks=ON_DEVICE)])
+def test_all_implementations_train_along_the_same_curve(run, impl, steps, tied):
     first = student(tied)
     run("reference")
     wanted = curve(copy.deepcopy(first), 30)

@@ -6,20 +6,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers.loss_problems import DEVICE, FORMS, LEAVES, MODES, TEMPERATURES, gradients, problem, widened
+from helpers.loss_problems import DEVICE, FORMS, MODES, TEMPERATURES, gradients, problem
+from helpers.precision import check_loss
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ki_ds.kernels import IDENTITY, LogitTransform, PackedTargets, ki_loss
-from ki_ds.kernels.logit_transform import head
+from ki_ds.kernels import LogitTransform, PackedTargets, ki_loss
 from ki_ds.kernels.loss import chunked
-from ki_ds.kernels.loss.reference import Rows, kept_ids
 
 triton = pytest.importorskip("triton")
 # the interpreter computes in numpy, which warns of what stays behind a mask
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")]
 
-ROWS = ("labels_N", "targets", "alpha_N")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 TRANSFORMS = [
     LogitTransform(),
@@ -28,41 +26,6 @@ TRANSFORMS = [
     LogitTransform(1.0, 2.0),
     LogitTransform(0.7, 5.0),
 ]
-
-
-def terms(inputs, temperature):
-    """What the sums in the three gradients add up, all signs taken for plus; times the conditioning of softmax."""
-    transform, vocabulary = inputs.get("logit_transform", IDENTITY), inputs.get("vocabulary", len(inputs["weight_VD"]))
-    hidden, weight, bias = (None if inputs[name] is None else inputs[name].detach().double() for name in LEAVES)
-    z = transform.of(torch.nn.functional.linear(hidden, *head(weight, bias, vocabulary)))
-    labels, alpha, targets = Rows.of(*(inputs.get(name) for name in ROWS), torch.float64)
-    logp, tail = targets.log_probabilities(temperature, torch.float64)
-    kept = kept_ids(targets, vocabulary)
-    student = (z / temperature).softmax(1)
-    teacher = torch.zeros_like(z).scatter_add_(1, targets.ids(), logp.exp())
-    if tail is not None:
-        teacher += (z / temperature).masked_fill(kept, -torch.inf).softmax(1).nan_to_num() * tail.exp()[:, None]
-    truth = torch.zeros_like(z).scatter_(1, labels.clamp(min=0)[:, None], 1)
-    each = (1 - alpha)[:, None] * (z.softmax(1) + truth) + (alpha * temperature)[:, None] * (student + teacher)
-    each *= transform.scale * (labels >= 0)[:, None] * (1 + z.abs().amax() / temperature if len(z) else 1)
-    return each @ weight[:vocabulary].abs(), each.T @ hidden.abs(), each.sum(dim=0)
-
-
-def check_precision(inputs, temperature):
-    """Errors are at most twice those of eager code, and what rounding its terms makes of each sum, without which the
-    ratio of the errors of single numbers would be a matter of luck."""
-    dtype = inputs["hidden_ND"].dtype
-    truth, true_gradients = gradients("reference", widened(inputs), temperature)
-    eager, eager_gradients = gradients("reference", inputs, temperature)
-    ours, our_gradients = gradients("triton", inputs, temperature)
-    in_fp32 = terms(inputs, temperature)
-    unit = torch.finfo(dtype).eps / 2 if dtype != torch.float32 else 0
-    cut = 2 if DEVICE == "cpu" and dtype == torch.bfloat16 else 1  # the interpreter does not round to the nearest bf16
-    for mine, theirs, true in zip(ours[:3], eager[:3], truth[:3], strict=True):
-        assert abs(mine - true) <= 2 * abs(theirs - true) + 1e-6 * (1 + abs(true))
-    for mine, theirs, true, term in zip(our_gradients, eager_gradients, true_gradients, in_fp32, strict=False):
-        error, theirs_error = ((x.double() - true).norm() for x in (mine, theirs))
-        assert error <= cut * (2 * theirs_error + unit * true.norm()) + 2.0**-23 * term.norm()
 
 
 @given(
@@ -81,7 +44,7 @@ def check_precision(inputs, temperature):
 @settings(max_examples=25, deadline=None)
 def test_any_shape_against_float64(rows, vocabulary, temperature, data, **more):
     k = data.draw(st.integers(1, vocabulary))
-    check_precision(problem(rows=rows, vocabulary=vocabulary, k=k, device=DEVICE, **more), temperature)
+    check_loss(problem(rows=rows, vocabulary=vocabulary, k=k, device=DEVICE, **more), temperature)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -90,12 +53,12 @@ def test_any_shape_against_float64(rows, vocabulary, temperature, data, **more):
 ])  # fmt: skip
 def test_several_blocks_of_columns_and_of_kept_ids(mode, temperature, form, dtype):
     """9,000 columns are three blocks, 300 kept ids as well."""
-    check_precision(problem(3, 4, 9000, 300, 5, mode, dtype, device=DEVICE, **FORMS[form]), temperature)
+    check_loss(problem(3, 4, 9000, 300, 5, mode, dtype, device=DEVICE, **FORMS[form]), temperature)
 
 
 @pytest.mark.parametrize("vocabulary", [4095, 4096, 4097, 16, 17])
 def test_last_partial_block(vocabulary):
-    check_precision(problem(2, 4, vocabulary, 16, 6, "tail", torch.float32, device=DEVICE), 2.0)
+    check_loss(problem(2, 4, vocabulary, 16, 6, "tail", torch.float32, device=DEVICE), 2.0)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -109,7 +72,7 @@ def test_ids_beyond_sixteen_bits(mode):
 @pytest.mark.parametrize("k", [1, 40])
 @pytest.mark.parametrize("mode", MODES)
 def test_one_kept_id_and_all(k, mode):
-    check_precision(problem(7, 4, 40, k, 7, mode, torch.float32, device=DEVICE), 2.0)
+    check_loss(problem(7, 4, 40, k, 7, mode, torch.float32, device=DEVICE), 2.0)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -5,7 +5,8 @@ import importlib.util
 
 import pytest
 import torch
-from helpers.loss_problems import NEEDS_TRITON, problem
+from helpers.loss_problems import problem
+from helpers.marks import NEEDS_TRITON
 from helpers.models import tiny_model
 from helpers.ranks import run_ranks
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 import torch
-from helpers.targets import by_definition
+from helpers.definition import by_definition
 from hypothesis import given, settings
 from hypothesis import strategies as st
 

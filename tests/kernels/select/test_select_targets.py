@@ -5,11 +5,11 @@ Most hidden states and heads hold small integers, so that a product is exact in 
 
 import math
 
-import numpy as np
 import pytest
 import torch
-from helpers.loss_problems import DEVICE, NEEDS_TRITON
-from helpers.targets import by_definition
+from helpers.loss_problems import DEVICE
+from helpers.marks import NEEDS_TRITON, ON_DEVICE
+from helpers.precision import Logits, check_draws, check_selection, recorded_products, whole_numbers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,26 +17,17 @@ from ki_ds.kernels import IDENTITY, LogitTransform
 from ki_ds.kernels.select import eager as select
 from ki_ds.kernels.select.eager import draw, select_targets
 from ki_ds.kernels.select.pack import Predictions
-from ki_ds.targets.codec import Codec
 from ki_ds.targets.scalars import scalars_of
 from ki_ds.targets.selection import Selection
 
 # the interpreter computes in numpy, which warns of what stays behind a mask
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
-IMPLS = [("reference", "cpu"), ("chunked", "cpu"), pytest.param("triton", DEVICE, marks=NEEDS_TRITON)]
+IMPLS = [("reference", "cpu"), ("chunked", "cpu"), pytest.param("triton", DEVICE, marks=ON_DEVICE)]
 EVERY = pytest.mark.parametrize(("impl", "device"), IMPLS)
 HALVES = (torch.float16, torch.bfloat16, torch.float32)
 TEMPERATURES = (1.0, 2.0, 3.0)
 QUANTUM = 1 / 16
 INF, NAN = math.inf, math.nan
-
-
-def integers(rows, hidden, vocabulary, seed, dtype=torch.float32, bias=True):
-    """Arguments of `select_targets` as far as the labels."""
-    g = torch.Generator().manual_seed(seed)
-    states, weight = (torch.randint(-2, 3, (n, hidden), generator=g).to(dtype) for n in (rows, vocabulary))
-    offset = torch.randint(-3, 4, (vocabulary,), generator=g).to(dtype) if bias else None
-    return states, weight, offset, torch.randint(0, vocabulary, (rows,), generator=g)
 
 
 def constant(row, rows=1, dtype=torch.float32, label=0):
@@ -70,51 +61,9 @@ def equal(one, two):
     assert all(torch.equal(one.scalars[name].nan_to_num(7), two.scalars[name].nan_to_num(7)) for name in one.scalars)
 
 
-def product(arguments, transform=IDENTITY):
-    """Logits in float64."""
-    states, weight, offset, _ = (None if x is None else x.double() for x in arguments)
-    return transform.of(torch.nn.functional.linear(states, weight, offset))
-
-
-def naive(logits, labels, selection, temperatures):
-    """By sorting, in float64: ids [N, K], log-probabilities less the first's, -inf where none is kept, and scalars."""
-    rows, vocabulary = logits.shape
-    k = min(selection.k, vocabulary)
-    ids, given = np.zeros((rows, k), np.int64), np.full((rows, k), -INF)
-    names = scalars_of(selection, temperatures)
-    scalars = {name: np.zeros(rows) for name in names}
-    for n, row in enumerate(logits.numpy()):
-        order = np.lexsort((np.arange(vocabulary), -row))
-        below = row[order] - row[order[0]]
-        mass = np.exp(below) / np.exp(below).sum()
-        end = (
-            k if selection.kind == "top_k" or selection.p >= 1 else min(k, 1 + int((mass.cumsum() < selection.p).sum()))
-        )
-        ids[n], given[n, :end] = order[:k], below[:end]
-        with np.errstate(divide="ignore"):
-            for name in names[2:]:
-                scalars[name][n] = np.log(np.exp(below[end:] / name).sum())
-        scalars["first"][n] = np.log(mass[0])
-        scalars["truth"][n] = scalars["first"][n] + row[labels[n]] - row[order[0]]
-    return ids, given, scalars
-
-
-def agrees(found, logits, labels, selection, quantum=QUANTUM, temperatures=TEMPERATURES, step=0):
-    """Planes exactly as the codec packs the naive choice, values up to a step; scalars and distortion nearly."""
-    ids, given, scalars = naive(logits, labels, selection, temperatures)
-    how = Codec(logits.shape[1], ids.shape[1], quantum, scalars=tuple(scalars))
-    planes, lost = by_definition(how, ids, given, scalars)
-    np.testing.assert_array_equal(found.count_N.numpy(), planes.count_n)
-    np.testing.assert_array_equal(found.ids_NK.numpy().view(np.uint16), planes.ids_nK)
-    assert (found.high_NK is None) == (planes.high_nK is None)
-    if planes.high_nK is not None:
-        np.testing.assert_array_equal(found.high_NK.numpy(), planes.high_nK)
-    assert np.abs(found.values_NK.numpy().astype(int) - planes.values_nK).max(initial=0) <= step
-    assert tuple(found.scalars) == tuple(scalars)
-    for name, expected in scalars.items():
-        np.testing.assert_allclose(found.scalars[name].numpy(), expected, rtol=1e-5, atol=1e-5, err_msg=name)
-    if not step:
-        np.testing.assert_allclose(found.distortion_N.numpy(), lost, rtol=1e-4, atol=1e-7)
+def agrees(found, arguments, selection, transform=IDENTITY, step=0):
+    """With the definition, of logits that float64 holds exactly."""
+    check_selection(found, Logits.exact(arguments, transform), arguments[3], selection, QUANTUM, TEMPERATURES, step)
 
 
 def tiles(monkeypatch, **sizes):
@@ -145,7 +94,9 @@ def large_tiles(monkeypatch):
 def cases(draw):
     """Arguments, selection and logit transform."""
     vocabulary, dtype = draw(st.integers(1, 150)), draw(st.sampled_from(HALVES))
-    arguments = integers(draw(st.integers(0, 3)), 3, vocabulary, draw(st.integers(0, 999)), dtype, draw(st.booleans()))
+    arguments = whole_numbers(
+        draw(st.integers(0, 3)), 3, vocabulary, draw(st.integers(0, 999)), dtype, draw(st.booleans())
+    )
     kind, k = draw(st.sampled_from(["top_k", "top_p"])), draw(st.integers(1, 8) | st.integers(1, vocabulary))
     return (
         arguments,
@@ -166,7 +117,7 @@ def test_random_problems(impl, device):
         if transform.cap and selection.kind == "top_p":
             selection = Selection("top_k", selection.k)
             found = run(impl, device, arguments, selection, logit_transform=transform)
-        agrees(found, product(arguments, transform), arguments[3], selection, step=1 if transform.cap else 0)
+        agrees(found, arguments, selection, transform, step=1 if transform.cap else 0)
 
     check()
 
@@ -177,9 +128,10 @@ def test_gaussian_logits_at_full_tiles(impl, device, dtype):
     g = torch.Generator().manual_seed(1)
     arguments = [torch.randn(2, 8, generator=g), torch.randn(9000, 8, generator=g), torch.randn(9000, generator=g)]
     arguments = [x.to(dtype) for x in arguments] + [torch.tensor([0, 8999])]
-    found = run(impl, device, arguments, Selection("top_k", 100))
-    exact = torch.nn.functional.linear(*(x.to(device) for x in arguments[:3])).cpu().double()  # rounded to the type
-    agrees(found, exact, arguments[3], Selection("top_k", 100), step=1)
+    with recorded_products() as products:
+        found = run(impl, device, arguments, Selection("top_k", 100))
+    labels = arguments[3].to(device)
+    check_selection(found, Logits.of_chunks(products), labels, Selection("top_k", 100), QUANTUM, TEMPERATURES, step=1)
 
 
 @EVERY
@@ -187,8 +139,8 @@ def test_gaussian_logits_at_full_tiles(impl, device, dtype):
 @pytest.mark.parametrize("kind", ["top_k", "top_p"])
 @pytest.mark.parametrize("k", [1, 31, 33, 100])
 def test_k_from_one_to_the_vocabulary(impl, device, kind, k):
-    arguments, selection = integers(2, 3, 100, 2), Selection(kind, k, 0.95001)
-    agrees(run(impl, device, arguments, selection), product(arguments), arguments[3], selection)
+    arguments, selection = whole_numbers(2, 3, 100, 2), Selection(kind, k, 0.95001)
+    agrees(run(impl, device, arguments, selection), arguments, selection)
 
 
 @EVERY
@@ -208,7 +160,7 @@ def test_most_probable_ids_all_in_one_lane(impl, device):
     row = torch.randint(-8, 0, (640,), generator=g).float()
     row[::32] = torch.randint(0, 9, (20,), generator=g).float()
     arguments, selection = constant(row), Selection("top_k", 3)
-    agrees(run(impl, device, arguments, selection), product(arguments), arguments[3], selection)
+    agrees(run(impl, device, arguments, selection), arguments, selection)
 
 
 @EVERY
@@ -225,13 +177,13 @@ def test_ids_of_more_than_16_bits(impl, device, vocabulary):
     top = [1, 255, 256, 32_770, 65_533, 65_534, vocabulary - 1]
     row[top] = torch.arange(1.0, 8.0)
     arguments, selection = constant(row, label=vocabulary - 1), Selection("top_k", 7)
-    agrees(run(impl, device, arguments, selection), product(arguments), arguments[3], selection)
+    agrees(run(impl, device, arguments, selection), arguments, selection)
 
 
 @EVERY
 @pytest.mark.parametrize("transform", [LogitTransform(0.5), LogitTransform(2.0, 5.0)])
 def test_padding_of_the_head_is_not_seen(impl, device, transform):
-    states, weight, offset, labels = integers(2, 3, 40, 5)
+    states, weight, offset, labels = whole_numbers(2, 3, 40, 5)
     padded = (states, torch.cat([weight, torch.full((9, 3), 50.0)]), torch.cat([offset, torch.full((9,), INF)]), labels)
     one = run(impl, device, (states, weight, offset, labels), Selection("top_k", 6), logit_transform=transform)
     equal(run(impl, device, padded, Selection("top_k", 6), logit_transform=transform, vocabulary=40), one)
@@ -240,7 +192,7 @@ def test_padding_of_the_head_is_not_seen(impl, device, transform):
 @EVERY
 @pytest.mark.parametrize("kind", ["top_k", "top_p", "sampled"])
 def test_strides_do_not_matter(impl, device, kind):
-    arguments, selection = integers(3, 4, 50, 6), Selection(kind, 6, 0.8)
+    arguments, selection = whole_numbers(3, 4, 50, 6), Selection(kind, 6, 0.8)
     how = dict(quantum=0.0 if kind == "sampled" else QUANTUM, uniforms_NK=uniforms(3, 6) if kind == "sampled" else None)
     states, weight = (x.t().contiguous().t() for x in arguments[:2])
     given = (states.repeat_interleave(2, 0)[::2], weight.repeat_interleave(3, 1)[:, ::3], *arguments[2:])
@@ -297,7 +249,7 @@ def test_forbidden_ids_are_no_fault(impl, device):
 @EVERY
 @pytest.mark.parametrize("label", [-1, -100, 40, 1 << 40])
 def test_label_outside_the_vocabulary(impl, device, label):
-    arguments = integers(2, 3, 40, 7)
+    arguments = whole_numbers(2, 3, 40, 7)
     one = run(impl, device, arguments, Selection("top_k", 5))
     arguments[3][1] = label
     two = run(impl, device, arguments, Selection("top_k", 5))
@@ -310,7 +262,7 @@ def test_label_outside_the_vocabulary(impl, device, label):
 @pytest.mark.parametrize("kind", ["top_k", "top_p", "sampled"])
 def test_no_rows(impl, device, kind):
     how = dict(quantum=0.0, uniforms_NK=uniforms(0, 5)) if kind == "sampled" else {}
-    found = run(impl, device, integers(0, 3, 20, 8), Selection(kind, 5, 0.9), **how)
+    found = run(impl, device, whole_numbers(0, 3, 20, 8), Selection(kind, 5, 0.9), **how)
     assert found.ids_NK.shape == found.values_NK.shape == (0, 5) and found.count_N.shape == (0,)
     assert set(found.scalars) == set(scalars_of(Selection(kind, 5), TEMPERATURES))
 
@@ -326,7 +278,7 @@ def uniforms(rows, draws, seed=0):
 @pytest.mark.usefixtures("small_tiles")
 @pytest.mark.parametrize("kind", ["top_k", "top_p", "sampled"])
 def test_chunks_decide_nothing_and_scratch_is_written_before_it_is_read(impl, device, kind, monkeypatch):
-    arguments, selection = integers(5, 3, 90, 9, bias=False), Selection(kind, 9, 0.9)
+    arguments, selection = whole_numbers(5, 3, 90, 9, bias=False), Selection(kind, 9, 0.9)
     how = dict(quantum=0.0 if kind == "sampled" else QUANTUM, uniforms_NK=uniforms(5, 9) if kind == "sampled" else None)
     whole = run(impl, device, arguments, selection, **how)
     new_empty = torch.Tensor.new_empty
@@ -343,7 +295,7 @@ def test_chunks_decide_nothing_and_scratch_is_written_before_it_is_read(impl, de
 
 @EVERY
 def test_inputs_unchanged_and_no_graph(impl, device):
-    arguments = [x.to(device) for x in integers(2, 3, 30, 10)]
+    arguments = [x.to(device) for x in whole_numbers(2, 3, 30, 10)]
     before = [x.clone() for x in arguments]
     arguments[1].requires_grad_()
     with torch.autocast(device, torch.bfloat16):
@@ -354,11 +306,14 @@ def test_inputs_unchanged_and_no_graph(impl, device):
 
 @EVERY
 def test_draws_through_the_planes(impl, device):
-    arguments, u = integers(4, 3, 20, 12), uniforms(4, 50)
+    arguments, u = whole_numbers(4, 3, 20, 12), uniforms(4, 50)
     found = run(impl, device, arguments, Selection("sampled", 50, temperature=2.0), 0.0, uniforms_NK=u)
-    ids, counts = draw(product(arguments).float(), u, 2.0)
-    assert found.ids_NK.shape == (4, 20) and (found.count_N == (counts > 0).sum(1)).all()  # no row has more than V
-    assert torch.equal(found.ids_NK.long(), ids[:, :20]) and torch.equal(found.values_NK.long(), counts[:, :20])
+    assert found.ids_NK.shape == (4, 20)  # no row has more than V
+    check_draws(found, Logits.exact(arguments), arguments[3], Selection("sampled", 50, temperature=2.0), u)
+    if device == "cpu":  # another device may round a sum otherwise
+        ids, counts = draw(torch.nn.functional.linear(*arguments[:3]), u, 2.0)
+        assert (found.count_N == (counts > 0).sum(1)).all()
+        assert torch.equal(found.ids_NK.long(), ids[:, :20]) and torch.equal(found.values_NK.long(), counts[:, :20])
     assert tuple(found.scalars) == ("truth",) and not found.distortion_N.any()
 
 
@@ -387,6 +342,6 @@ def test_draws_through_the_planes(impl, device):
 )
 def test_impossible_arguments_are_refused(change, message):
     names = ("hidden_ND", "weight_VD", "bias_V", "labels_N")
-    given = dict(zip(names, integers(2, 3, 30, 13), strict=True), selection=Selection("top_k", 5), quantum=QUANTUM)
+    given = dict(zip(names, whole_numbers(2, 3, 30, 13), strict=True), selection=Selection("top_k", 5), quantum=QUANTUM)
     with pytest.raises(ValueError, match=message):
         select_targets(**(given | change))
