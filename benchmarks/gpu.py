@@ -35,9 +35,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
-from gpu_parts import PARTS
 from gpu_parts.page import write_page
 from gpu_parts.part import END, NotHere, Part, answer, seconds_left
+from gpu_parts.parts import PARTS
 from gpu_parts.record import FOLDER, NOW, Record, asked
 
 LEAST_SECONDS = 20.0  # what is left of the minutes for a part to begin
@@ -138,7 +138,10 @@ def work(part: Part, record: Record) -> None:
         record.write(part.name, name, "begun")
         began = time.perf_counter()
         try:
-            state, found = "measured", {"figures": measure()}
+            figures = measure()
+            if set(figures) == {"skipped"}:
+                raise NotHere(figures["skipped"])
+            state, found = "measured", {"figures": figures}
         except NotHere as reason:
             state, found = "not here", {"why": str(reason)}
         except torch.OutOfMemoryError as error:

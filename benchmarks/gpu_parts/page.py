@@ -98,7 +98,7 @@ def write_page() -> Path:
 
 def page(records: list[Record]) -> str:
     """The page's text."""
-    from gpu_parts import PARTS
+    from gpu_parts.parts import PARTS
 
     lines = [HEAD if records else HEAD + NONE, *goals(records)]
     for part in PARTS:
