@@ -15,5 +15,9 @@ ki_ds_packages runners/apt.txt
 ruff check .
 ruff format --check .
 mypy ki_ds
+case " $* " in
+*gpu*) ;;
+*) export CUDA_VISIBLE_DEVICES= ;; # the tests that are not marked gpu expect none
+esac
 # a file at a time on each of two processes: files share what they have trained
 exec pytest -n 2 --dist loadfile "${chosen[@]}" "$@"

@@ -5,6 +5,7 @@ import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import pytest
 import torch
 
 if not torch.cuda.is_available():
@@ -19,3 +20,13 @@ distributed.quiet()
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
+
+
+def pytest_collection_modifyitems(items):
+    """Where a GPU is in sight only what is marked for it runs: the others compare bits, count processes and give
+    tensors as on a machine without one."""
+    if torch.cuda.is_available():
+        elsewhere = pytest.mark.skip(reason="expects no GPU: CUDA_VISIBLE_DEVICES= pytest")
+        for item in items:
+            if item.get_closest_marker("gpu") is None:
+                item.add_marker(elsewhere)
