@@ -19,8 +19,8 @@ END = "KI_DS_PART_ENDS"  # the time, seconds since 1970, at which the part's bud
 
 
 class NotHere(Exception):
-    """A row cannot be measured on this machine; says why. The row is left out by name, the run goes on. Figures that are
-    but {"skipped": why} say the same."""
+    """A row cannot be measured on this machine; says why. The row is left out by name, the run goes on. Figures
+    that are but {"skipped": why} say the same."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,16 @@
 """The parts of the GPU run, in order of worth."""
 
-from gpu_parts import claim, correctness, environment, loss_speed, marked, precision, sweep, teacher_speed, training_speed
+from gpu_parts import (
+    claim,
+    correctness,
+    environment,
+    loss_speed,
+    marked,
+    precision,
+    sweep,
+    teacher_speed,
+    training_speed,
+)
 from gpu_parts.part import Part
 
 PARTS = [

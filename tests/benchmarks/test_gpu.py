@@ -41,7 +41,17 @@ def program(*arguments, environment=None, timeout=600):
     return subprocess.run(command, capture_output=True, text=True, env=given, timeout=timeout)
 
 
-PARTS = ("environment", "right-first", "pytest", "loss-speed", "sweep", "teacher-speed", "training-speed", "precision", "claim")
+PARTS = (
+    "environment",
+    "right-first",
+    "pytest",
+    "loss-speed",
+    "sweep",
+    "teacher-speed",
+    "training-speed",
+    "precision",
+    "claim",
+)
 
 
 def test_every_part_is_tested_here(gpu):
