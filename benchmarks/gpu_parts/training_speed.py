@@ -27,6 +27,7 @@ TINY_GPT = {**TINY, "architecture": "gpt-tiny", "objective": "clm"}
 # what is laid over an engine JSON, by what it is called
 VARIANTS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": {}},
+    "compiled": {"ki_ds": {"compile": True}},
     "DeepSpeed's FusedAdam": {"optimizer": {"type": "AdamW"}},
 }
 DENSE_BF16 = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # nominal TFLOP/s, half precision, dense

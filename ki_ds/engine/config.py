@@ -78,6 +78,7 @@ class EngineConfig(_DeepSpeedJson):
     optimizer: str | None = None  # the type of the implementation; None: the default
     activation_checkpointing: bool = False
     layer_norm: Literal["torch", "apex"] = "torch"
+    compiled: bool = False  # the backbone, by torch.compile
     monitors: tuple[str, ...] = ()  # blocks that are enabled
 
     @classmethod
@@ -110,6 +111,7 @@ class EngineConfig(_DeepSpeedJson):
             optimizer=_given(data, "optimizer").get("type"),
             activation_checkpointing="activation_checkpointing" in data,
             layer_norm=_given(data, "ki_ds").get("layer_norm", cls.layer_norm),
+            compiled=bool(_given(data, "ki_ds").get("compile")),
             monitors=tuple(name for name in MONITORS if _enabled(data, name)),
         )
 
@@ -128,7 +130,8 @@ class EngineConfig(_DeepSpeedJson):
     @property
     def precision_record(self) -> dict[str, Any]:
         """The parts of the JSON that decide in which precision is computed, as they are written; for the identity."""
-        return {key: self.raw[key] for key in ROUNDING if key in self.raw} | dict.fromkeys(self.quantized, True)
+        more = (*self.quantized, *(["compile"] if self.compiled else []))
+        return {key: self.raw[key] for key in ROUNDING if key in self.raw} | dict.fromkeys(more, True)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,14 +1,17 @@
-"""What an engine JSON asks for beside precision and ZeRO: activation checkpointing, apex, NVMe, monitors."""
+"""What an engine JSON asks for beside precision and ZeRO: activation checkpointing, torch.compile, apex, NVMe,
+monitors."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import torch.utils.checkpoint
+from torch.utils.cpp_extension import get_cxx_compiler
 
 from ki_ds.engine import apex, ops, optimizers
 from ki_ds.engine.config import EngineConfig
@@ -35,6 +38,9 @@ def prepare(model: LanguageModel, config: EngineConfig) -> None:
         apex.swap_layer_norms(model)
     if config.activation_checkpointing:
         recompute(model)
+    if config.compiled:
+        _check_compiler()
+        model.backbone.compile()  # not the loss: a masked model has another number of rows in every micro-batch
 
 
 def requirements(config: EngineConfig) -> Iterator[Callable[[], Any]]:
@@ -44,6 +50,8 @@ def requirements(config: EngineConfig) -> Iterator[Callable[[], Any]]:
     yield from (partial(_check_folder, setting, folder) for setting, folder in _nvme(config).items())
     yield from (partial(ops.check, *operator) for operator in _operators(config))
     yield partial(optimizers.check_machine, config)
+    if config.compiled:
+        yield _check_compiler
     if config.layer_norm == "apex":
         yield partial(apex.module, "normalization", apex.LAYER_NORM)
 
@@ -64,6 +72,17 @@ def _check_monitor(name: str) -> None:
     package = PACKAGES.get(name)
     if package and importlib.util.find_spec(package) is None:
         raise UserError(f"{name}: the package {package} is missing; pip install {package}, or leave {name} out")
+
+
+def _check_compiler() -> None:
+    """What torch.compile needs: Triton on a GPU, a C++ compiler without one."""
+    if torch.cuda.is_available():
+        missing = None if importlib.util.find_spec("triton") else "Triton (pip install 'ki_ds[gpu]')"
+    else:
+        compiler = get_cxx_compiler()
+        missing = None if shutil.which(compiler) else f"a C++ compiler ({compiler}; apt-get install g++)"
+    if missing:
+        raise UserError(f"ki_ds.compile: torch.compile needs {missing}; install it, or leave compile out")
 
 
 def _check_folder(setting: str, folder: str) -> None:

@@ -23,7 +23,7 @@ KNOWN = (
     "fp16", "bf16", "zero_optimization", "torch_autocast", "data_types", "activation_checkpointing", "optimizer",
     "communication_data_type", "prescale_gradients", "gradient_predivide_factor", "comms_logger", "flops_profiler",
     "tensorboard", "wandb", "csv_monitor", "comet", "wall_clock_breakdown", "memory_breakdown", "dump_state", "aio",
-    "checkpoint", "compile", "timers", "ki_ds",
+    "checkpoint", "timers", "ki_ds",
 )  # fmt: skip
 OURS = ("ki_ds", "optimizer", "activation_checkpointing")  # read here, and kept from DeepSpeed
 FOR_INFERENCE = ("zero_optimization", "aio", "communication_data_type", "comms_logger", "memory_breakdown")
@@ -53,7 +53,7 @@ CHECKPOINTING = (
     "partition_activations", "contiguous_memory_optimization", "number_checkpoints", "cpu_checkpointing",
     "synchronize_checkpoint_boundary", "profile",
 )  # fmt: skip
-LAYER_NORMS = ("torch", "apex")
+OWN: dict[str, tuple[Any, ...]] = {"layer_norm": ("torch", "apex"), "compile": (True, False)}  # keys of "ki_ds"
 SHORT = ("fp32", "bf16", "fp16")
 FLOATS = {  # types that a key may name, of the block before it
     ("torch_autocast", "dtype"): (*SHORT, "float32", "bfloat16", "float16"),
@@ -74,6 +74,11 @@ def check_training(data: Any, source: str) -> None:
         UserError: naming the key.
     """
     _check_object(data, source)
+    if "compile" in data:
+        raise UserError(
+            f"{source}: compile: DeepSpeed's DeepCompile is not supported, which would trace the loss too; expected "
+            '"ki_ds": {"compile": true}, by which torch.compile compiles the layers'
+        )
     for key in data:
         if key not in KNOWN and key not in OWNED:
             raise UserError(f"{source}: {key}: unknown key of a DeepSpeed configuration{nearest(key, KNOWN)}")
@@ -326,7 +331,13 @@ def _check_own(data: dict[str, Any], source: str) -> None:
     if not isinstance(block, dict):
         raise UserError(f"{source}: ki_ds: found {json.dumps(block)}; expected an object")
     for key, value in block.items():
-        if key != "layer_norm":
-            raise UserError(f"{source}: ki_ds.{key}: unknown key{nearest(key, ['layer_norm'])}; allowed: layer_norm")
-        if value not in LAYER_NORMS:
-            raise UserError(f"{source}: ki_ds.layer_norm: found {json.dumps(value)}; allowed: {', '.join(LAYER_NORMS)}")
+        if key not in OWN:
+            raise UserError(f"{source}: ki_ds.{key}: unknown key{nearest(key, OWN)}; allowed: {', '.join(OWN)}")
+        if not any(value is one or (isinstance(one, str) and value == one) for one in OWN[key]):
+            allowed = ", ".join(one if isinstance(one, str) else json.dumps(one) for one in OWN[key])
+            raise UserError(f"{source}: ki_ds.{key}: found {json.dumps(value)}; allowed: {allowed}")
+    if block.get("compile") and data.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(
+            f"{source}: ki_ds.compile: with ZeRO stage 3, whose hooks around every layer break the graph into pieces "
+            "that are compiled again and again; expected stage 2 or lower, or no compile"
+        )

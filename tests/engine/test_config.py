@@ -81,6 +81,13 @@ BF16 = {"bf16": {"enabled": True}}
         ({"activation_checkpointing": {"cpu_checkpointing": True}}, "cpu_checkpointing: is not supported"),
         ({"ki_ds": {"layernorm": "apex"}}, 'ki_ds.layernorm: unknown key; did you mean "layer_norm"'),
         ({"ki_ds": {"layer_norm": "Apex"}}, 'layer_norm: found "Apex"; allowed: torch, apex'),
+        ({"ki_ds": {"layer_norm": True}}, "layer_norm: found true; allowed: torch, apex"),
+        ({"ki_ds": {"compile": 1}}, "ki_ds.compile: found 1; allowed: true, false"),
+        (
+            {"ki_ds": {"compile": True}, "zero_optimization": {"stage": 3}},
+            "ki_ds.compile: with ZeRO stage 3",
+        ),
+        ({"compile": {"deepcompile": True}}, 'compile: DeepSpeed\'s DeepCompile is not supported.*expected.*"ki_ds"'),
     ],
 )
 def test_engine_json_that_cannot_be_meant_is_refused(config, message):
