@@ -16,7 +16,6 @@ Precision = Literal["fp32", "bf16", "fp16"]
 Device = Literal["none", "cpu", "nvme"]
 # what changes rounding, and with it the identity of what is trained
 ROUNDING = ("fp16", "bf16", "torch_autocast", "data_types", "communication_data_type")
-QUANTIZED = ("zero_quantized_weights", "zero_quantized_gradients")
 MONITORS = ("tensorboard", "wandb", "csv_monitor", "comet")
 
 
@@ -75,6 +74,8 @@ class EngineConfig(_DeepSpeedJson):
     param_persistence_threshold: float = 1e5  # ZeRO 3: smaller weights are left whole
     sub_group_size: float = 1e9  # ZeRO 3: what is stepped at once
     quantized: tuple[str, ...] = ()  # keys of ZeRO++ that are set: weights, gradients
+    secondary_ranks: int = 1  # ZeRO++: ranks that share a second copy of the weights (hpZ); 1: there is none
+    half_states: bool = False  # master weights and the optimizer's moments in bf16
     optimizer: str | None = None  # the type of the implementation; None: the default
     activation_checkpointing: bool = False
     layer_norm: Literal["torch", "apex"] = "torch"
@@ -107,7 +108,9 @@ class EngineConfig(_DeepSpeedJson):
                 zero.get("stage3_param_persistence_threshold", cls.param_persistence_threshold)
             ),
             sub_group_size=float(zero.get("sub_group_size", cls.sub_group_size)),
-            quantized=tuple(key for key in QUANTIZED if zero.get(key)),
+            quantized=tuple(key for key in refusals.ZERO_PLUS_PLUS if zero.get(key)),
+            secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
+            half_states=bool(_given(data, "bf16").get(refusals.HALF_MASTERS[0])),
             optimizer=_given(data, "optimizer").get("type"),
             activation_checkpointing="activation_checkpointing" in data,
             layer_norm=_given(data, "ki_ds").get("layer_norm", cls.layer_norm),
@@ -120,6 +123,11 @@ class EngineConfig(_DeepSpeedJson):
         """Of hidden states and logits."""
         half = self.precision != "fp32" or self.autocast
         return (torch.float16 if self.precision == "fp16" else torch.bfloat16) if half else torch.float32
+
+    @property
+    def lossy(self) -> bool:
+        """Whether it saves memory or communication by rounding what other engine JSONs of its precision do not."""
+        return bool(self.quantized) or self.half_states
 
     @property
     def for_deepspeed(self) -> dict[str, Any]:
@@ -185,6 +193,20 @@ def check_device(config: EngineConfig) -> None:
         others = " or ".join(["fp32", *(name for name in ("bf16", "fp16") if name != half and supported(name))])
         raise UserError(
             f"{config.source}: {half} is not supported by this machine's device; use an engine JSON with {others}"
+        )
+
+
+def check_ranks(config: EngineConfig, ranks: int) -> None:
+    """Refuse a number of ranks that ZeRO++'s second copies cannot be divided among.
+
+    Raises:
+        UserError: naming the key.
+    """
+    shared = config.secondary_ranks
+    if shared > 1 and (ranks % shared or shared > ranks):
+        raise UserError(
+            f"{config.source}: zero_optimization.zero_hpz_partition_size: {shared} does not divide the {ranks} "
+            f"process{'es' if ranks > 1 else ''}; expected the ranks of a node, or another --processes"
         )
 
 

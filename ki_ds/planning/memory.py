@@ -84,6 +84,8 @@ class Setting(NamedTuple):
     optimizer: OptimizerOffload
     parameters: ParameterOffload
     recomputed: bool  # activations, from the layers' inputs
+    state: int  # bytes of a master weight, and of a moment
+    secondary: int  # ranks that share a second copy of the weights, ZeRO 3; 1: there is none
 
     @classmethod
     def of(cls, config: EngineConfig) -> Setting:
@@ -101,6 +103,8 @@ class Setting(NamedTuple):
             optimizer=config.offload_optimizer,
             parameters=config.offload_parameters,
             recomputed=config.activation_checkpointing,
+            state=2 if config.half_states else 4,
+            secondary=config.secondary_ranks,
         )  # fmt: skip
 
 
@@ -156,7 +160,9 @@ def states(model: Model, ranks: int, how: Setting) -> list[Item]:
     if how.zero_stage == 0:
         return [Item("weights", "device", "always", 4 * whole), Item("moments", "device", "always", 8 * whole)]
     place: Where = {"none": "device", "cpu": "host", "nvme": "nvme"}[how.optimizer.device]  # type: ignore[assignment]
-    found = [Item("master weights", place, "always", 4 * share), Item("moments", place, "always", 8 * share)]
+    # at stage 3 masters in bf16 are the partition itself
+    masters = 0 if how.zero_stage == 3 and how.state == 2 else how.state * share
+    found = [Item("master weights", place, "always", masters), Item("moments", place, "always", 2 * how.state * share)]
     if how.optimizer.device == "nvme":
         held = how.optimizer.buffer_count * 4 * min(share, how.sub_group)
         found.append(Item("swap buffers", "host", "always", held))
@@ -164,6 +170,8 @@ def states(model: Model, ranks: int, how: Setting) -> list[Item]:
         return [Item("weights", "device", "always", how.weight * whole), *found]
     small = sum(size for size in model.sizes if size <= how.small)
     live = min(whole, max(how.live, max(model.sizes)))
+    if how.secondary > 1:
+        found.append(Item("second copy of the weights", "device", "always", how.weight * whole / how.secondary))
     found.append(Item("small weights, whole", "device", "always", how.weight * small))
     if ranks > 1 or how.parameters.active:  # else what is gathered is the partition itself
         gathered: list[Phase] = ["backward", "reduction"]
@@ -201,7 +209,7 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
     found += [Item("bucket", "device", phase, bucket) for phase in (always if how.zero_stage == 3 else during)]
     if how.zero_stage == 3:
         found.append(Item("gradients", "host" if offloaded else "device", "always", how.accumulated * share))
-        stepped = min(share, how.sub_group) * (4 if how.accumulated == 4 else 4 + how.accumulated)
+        stepped = min(share, how.sub_group) * (4 if how.accumulated == 4 else how.state + how.accumulated)
         found.append(
             Item("gradients, fp32", "host", "always", 4 * share)
             if offloaded
@@ -220,7 +228,7 @@ def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:
     if how.zero_stage == 2:
         found += [Item("gradients", "device", phase, how.accumulated * share) for phase in during]
     found.append(Item("gradients, incoming", "device", "reduction", how.accumulated * share))
-    found.append(Item("gradients, fp32", "device", "step", 8 * share))
+    found.append(Item("gradients, fp32", "device", "step", 2 * how.state * share))  # in bf16 where the masters are
     return found
 
 

@@ -101,7 +101,8 @@ def verdict(need: Need, sequences: int, chosen: EngineConfig, there: Room) -> st
     if there.holds(found):
         return f"{said}; fits ({there.source})"
     known = ["fp32", *(half for half in ("fp16", "bf16") if not there.here or engine_config.supported(half))]
-    order = [(name, one) for name, one in in_order(shipped_engines(), chosen) if one.precision in known]
+    candidates = {name: one for name, one in shipped_engines().items() if one.precision in known and not one.lossy}
+    order = in_order(candidates, chosen)
     smaller = [size for size in need.sizes() if size < sequences]
     for size in (sequences, *smaller):
         for name, config in order:

@@ -11,7 +11,7 @@ import torch
 
 from ki_ds.engine import checkpoints, features
 from ki_ds.engine.batch_layout import BatchLayout
-from ki_ds.engine.config import check_device, micro_batch_size
+from ki_ds.engine.config import check_device, check_ranks, micro_batch_size
 from ki_ds.engine.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import TrainedModel, beyond_vocabulary, needs, taught_by, trained_model, trained_models
@@ -127,6 +127,8 @@ class Train(Stage):
                 for check in features.requirements(engine):
                     refusals.gather(check)
             refusals.gather(micro_batch_size, student.train, ranks, student.place)
+            if engine is not None:
+                refusals.gather(check_ranks, engine, ranks)
         tokenizer = refusals.gather(expected, space)
         for corpus, name in taught_by(space.experiment, student.model).items():
             if name is None:
@@ -165,6 +167,7 @@ class Train(Stage):
         if distributed.rank() == 0:
             checkpoints.withdraw(space.root / self.folder / "model")  # of a shorter run, or of one that was not sealed
         check_device(space.engine_config)
+        check_ranks(space.engine_config, distributed.world_size())
         e, folder, student = space.experiment, space.root / self.folder, trained_model(space.experiment, self.name)
         micro = micro_batch_size(student.train, distributed.world_size(), student.place)
         layout = BatchLayout(student.train.batch_size, micro, distributed.rank(), distributed.world_size())
