@@ -227,6 +227,12 @@ def _load(engine: Any, found: Checkpoint) -> None:
 
 def _load_elsewhere(engine: Any, zero_stage: int, found: Checkpoint) -> None:
     """Load a checkpoint of another number of ranks or another ZeRO stage."""
+    if any(group.get("use_muon") for group in engine.optimizer.param_groups):
+        raise UserError(
+            f"{found.folder}: was made by {found.world_size} ranks at ZeRO {found.zero_stage}. DeepSpeed keeps Muon's "
+            "momentum in another way for every number of ranks, and converts none of it: a run with "
+            '"optimizer": "muon" goes on with those only; expected the engine JSON and --processes that it had'
+        )
     if distributed.rank() == 0:
         say(
             f"  {found.folder.name}: made by {found.world_size} ranks at ZeRO {found.zero_stage}, converted for "

@@ -27,6 +27,8 @@ _BLOCKS = (
     ("runtime.precision_config", "DeepSpeedBF16Config"),
     *(("monitor.config", name) for name in ("TensorBoardConfig", "WandbConfig", "CSVConfig", "CometConfig")),
 )
+_MUON = "runtime.zero.muon"
+_COMPILED = ("muon_update", "zeropower_via_gram_newtonschulz", "zeropower_via_newtonschulz5")
 _BUILDERS = ("CPUAdamBuilder", "FusedAdamBuilder", "AsyncIOBuilder", "PinMemoryBuilder", "QuantizerBuilder")
 
 NAMES: tuple[PrivateName, ...] = (
@@ -40,6 +42,11 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName("runtime.engine", "DeepSpeedEngine.monitor", "instance", "gets a step's numbers"),
     PrivateName("runtime.engine", "DeepSpeedEngine.global_samples", "instance", "the monitors' axis"),
     PrivateName("runtime.engine", "self.optimizer.overflow", "text", "at ZeRO 0, ClippedOptimizer says so"),
+    # engine/muon.py
+    PrivateName(f"{_MUON}.muon_optimizer", "MuonWithAuxAdam", "attribute", "the optimizer, with an AdamW of ours"),
+    *(PrivateName(f"{_MUON}.original_muon", name, "attribute", "is not to be compiled") for name in _COMPILED),
+    *(PrivateName(module, "'use_muon'", "text", "marks Muon's parameters") for module, _ in _ZERO),
+    PrivateName(_STAGE_3, "Muon and reduce scatter cannot be used together", "text", "it is turned off"),
     # engine/loss_scale.py
     *(PrivateName(module, f"{name}._update_scale", "attribute", "the scale moves later") for module, name in _ZERO),
     *(PrivateName(module, f"{name}.loss_scaler", "instance", "the scale itself") for module, name in _ZERO),

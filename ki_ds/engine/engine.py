@@ -34,6 +34,9 @@ class Engine:
             "gradient_clipping": 0.0 if self.bare else train.gradient_clipping,
             "steps_per_print": 1 << 40,
         }
+        self.muon = train.optimizer == "muon"
+        if self.muon and config.zero_stage == 3:  # DeepSpeed's Muon does not go with it there
+            joined["zero_optimization"] = {**joined["zero_optimization"], "reduce_scatter": False}
         self.deepspeed, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=joined, dist_init_required=False
         )
@@ -69,10 +72,11 @@ class Engine:
     def step(self, learning_rate: float) -> tuple[bool, float]:
         """Apply the accumulated gradients: (whether they were finite and applied, their norm before clipping)."""
         for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = learning_rate
+            group["lr"] = learning_rate * group.get("ratio", 1.0)
         self.deepspeed.step()
         guarded = self.optimizer if isinstance(self.optimizer, optimizers.ClippedOptimizer) else None
-        norm = guarded.norm if guarded else self.deepspeed.get_global_grad_norm()
+        # with Muon DeepSpeed's norm is that of the matrices' orthogonalized updates
+        norm = None if self.muon else guarded.norm if guarded else self.deepspeed.get_global_grad_norm()
         applied = bool(self.deepspeed.was_step_applied())
         if applied and self.loss_scale:
             self.loss_scale.applied()

@@ -1,7 +1,8 @@
 """Optimizers: the experiment names the algorithm (`train.optimizer`), the engine JSON the implementation.
 
 `optimizer.type` of the engine JSON: absent is torch's fused AdamW (nothing to compile), or DeepSpeed's CPUAdam where
-the optimizer is offloaded; "AdamW" is DeepSpeed's; "ApexAdam" and "ApexLamb" are NVIDIA apex's.
+the optimizer is offloaded; "AdamW" is DeepSpeed's; "ApexAdam" and "ApexLamb" are NVIDIA apex's. Muon is DeepSpeed's
+(engine/muon.py).
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ from typing import Any
 
 import torch
 
-from ki_ds.engine import apex, ops
+from ki_ds.engine import apex, muon, ops
 from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.refusals import FAMILIES
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
+from ki_ds.models.language_model import LanguageModel
 from ki_ds.models.partitioned import shape
 
 APEX = {"ApexAdam": "FusedAdam", "ApexLamb": "FusedLAMB"}
@@ -69,23 +71,41 @@ def check_fit(train: Train, config: EngineConfig, place: str) -> None:
             f"{place}.train.weight_decay: found 0, but apex's FusedLAMB adapts no layer without weight decay; expected "
             'a value above 0, or "optimizer": "adamw"'
         )
+    if train.optimizer == "muon":
+        muon.check(train, config, place)
 
 
-def grouped(model: torch.nn.Module) -> tuple[list[tuple[str, Any]], list[tuple[str, Any]]]:
+def fits(train: Train, config: EngineConfig) -> bool:
+    """Whether the engine JSON can run the optimizer."""
+    try:
+        check_fit(train, config, "")
+    except UserError:
+        return False
+    return True
+
+
+def grouped(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:
     """Named parameters as the optimizer holds them: those that decay, and biases and norms, which do not (Devlin et
-    al. 2019). A parameter that ZeRO-3 has partitioned counts with its whole shape."""
+    al. 2019); then, where they are marked, those of Muon by their ratio, largest first. A parameter that ZeRO-3 has
+    partitioned counts with its whole shape."""
     named = [*model.named_parameters()]
-    matrix = [len(shape(p)) > 1 for _, p in named]
-    first, second = ([one for one, is_one in zip(named, matrix, strict=True) if is_one == wanted] for wanted in (1, 0))
-    return first, second
+    rest = [one for one in named if not muon.ratio(one[1])]
+    found = [[one for one in rest if (len(shape(one[1])) > 1) == wanted] for wanted in (True, False)]
+    for ratio in sorted({muon.ratio(p) for _, p in named} - {0.0}):
+        own = [one for one in named if muon.ratio(one[1]) == ratio]
+        found.append(sorted(own, key=lambda one: shape(one[1]), reverse=True))  # as DeepSpeed sorts them
+    return found
 
 
-def new(model: torch.nn.Module, train: Train, config: EngineConfig) -> torch.optim.Optimizer:
+def new(model: LanguageModel, train: Train, config: EngineConfig) -> torch.optim.Optimizer:
     """The optimizer of a model; what must be compiled for it is compiled now.
 
     Raises:
         UserError: it needs a package or a compiler that is not there.
     """
+    if train.optimizer == "muon":
+        muon.mark(model)
+        return muon.new([[p for _, p in group] for group in grouped(model)], train, OPTIONS["AdamW"])
     matrices, rest = ([p for _, p in group] for group in grouped(model))
     groups: list[dict[str, Any]] = [
         {"params": matrices, "weight_decay": train.weight_decay},

@@ -46,7 +46,7 @@ UNSUPPORTED = {
     "legacy_stage1": "DeepSpeed has removed it",
     "elastic_checkpoint": "DeepSpeed has removed it",
 }
-FAMILIES = {"AdamW": "adamw", "ApexAdam": "adamw", "ApexLamb": "lamb"}  # type of optimizer: algorithm
+FAMILIES = {"AdamW": "adamw", "ApexAdam": "adamw", "ApexLamb": "lamb", "Muon": "muon"}  # type of optimizer: algorithm
 NUMBERS = {"lr": "learning_rate", "betas": "betas", "eps": "epsilon", "weight_decay": "weight_decay"}
 ONE_BIT = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")
 CHECKPOINTING = (
@@ -352,7 +352,7 @@ def _check_optimizer(data: dict[str, Any], source: str) -> None:
                 "leave it out of the engine JSON"
             )
     offload = data.get("zero_optimization", {}).get("offload_optimizer") or {}
-    if offload.get("device", "none") != "none" and kind != "AdamW":
+    if offload.get("device", "none") != "none" and kind not in ("AdamW", "Muon"):
         raise UserError(
             f'{source}: optimizer.type: {kind} runs on the GPU only, but offload_optimizer is set; expected "AdamW"'
         )

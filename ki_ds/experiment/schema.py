@@ -83,6 +83,9 @@ class Masking(Strict):
 # ----------------------------------------------------------------------------------------------------- models
 
 
+MUON = {"muon_learning_rate", "muon_momentum"}  # keys that no other optimizer has
+
+
 class Train(Strict):
     """How a model is trained. Defaults are the paper's (appendix, pre-training settings)."""
 
@@ -95,9 +98,13 @@ class Train(Strict):
     micro_batch_size: Sequences | None = Field(
         None, description="sequences a rank computes at once; default: the largest divisor up to 32"
     )
-    optimizer: Literal["adamw", "lamb"] = Field(
+    optimizer: Literal["adamw", "lamb", "muon"] = Field(
         "adamw", description="the algorithm; the engine JSON chooses the implementation (docs/optimizers.md)"
     )
+    muon_learning_rate: Annotated[float, Field(gt=0, le=1000)] = Field(
+        0.02, description="muon: the highest of the hidden matrices; `learning_rate` is that of all else, by AdamW"
+    )
+    muon_momentum: Beta = Field(0.95, description="muon: decay of the hidden matrices' momentum")
     schedule: Literal["linear", "constant", "wsd"] = Field(
         "linear", description="of the learning rate: it falls linearly after the warm-up; stays; wsd: stays, then falls"
     )
@@ -128,6 +135,12 @@ class Train(Strict):
             raise ValueError(f'"schedule": "{self.schedule}" takes {needed}; it has {found}')
         if (self.warmup_steps or 0) + (self.decay_steps or 0) > self.steps:
             raise ValueError('"warmup_steps" and "decay_steps" are together more than "steps"')
+        return self
+
+    @model_validator(mode="after")
+    def _muon(self) -> Train:
+        for key in sorted(MUON & self.model_fields_set if self.optimizer != "muon" else ()):
+            raise ValueError(f'"{key}" belongs to "optimizer": "muon"; it is "{self.optimizer}"')
         return self
 
     @property

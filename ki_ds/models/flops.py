@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 
 def auto_class(objective: str) -> Any:
@@ -26,6 +27,22 @@ def outline(config: Any, objective: str, dtype: torch.dtype = torch.float32, dev
         return from_configuration(config, objective, dtype)
 
 
+def linear(model: nn.Module) -> Iterator[Any]:
+    """The modules that multiply by a matrix `weight`: [out, in], and [in, out] of a `transposed` one."""
+    return (module for module in model.modules() if isinstance(module, nn.Linear) or transposed(module))
+
+
+def hidden(model: nn.Module, head_weight: Tensor) -> list[Any]:
+    """The linear layers whose matrix is neither the head's nor an embedding's."""
+    apart = {id(head_weight), *(id(one.weight) for one in model.modules() if isinstance(one, nn.Embedding))}
+    return [layer for layer in linear(model) if id(layer.weight) not in apart]
+
+
+def transposed(module: nn.Module) -> bool:
+    """Whether it is transformers' Conv1D, which GPT-2 is made of."""
+    return type(module).__name__ == "Conv1D"
+
+
 def count_parameters(config: Any, objective: str) -> int:
     """Parameters, tied ones once, without allocating them."""
     return sum(p.numel() for p in outline(config, objective).parameters())
@@ -37,11 +54,7 @@ def forward_flops(config: Any, objective: str, length: int, rows: float) -> floa
     are heads) and the head at the rows."""
     model = outline(config, objective)
     head = model.get_output_embeddings()
-    weights = sum(
-        module.weight.numel()
-        for module in model.modules()
-        if module is not head and (isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D")
-    )
+    weights = sum(module.weight.numel() for module in linear(model) if module is not head)
     chosen = getattr(config, "num_experts_per_tok", None) or 0
     stacked = (
         p for module in model.modules() if hasattr(module, "num_experts") for p in module.parameters(recurse=False)

@@ -47,17 +47,20 @@ class Model(NamedTuple):
     sizes: tuple[int, ...]  # elements of every parameter, tied ones once
     hidden: int
     vocabulary: int  # rows of the head
+    muon: tuple[int, ...] = ()  # elements of the matrices that Muon steps, and not Adam
 
     @property
     def parameters(self) -> int:
         return sum(self.sizes)
 
 
-def outlined(config: Any, objective: str) -> Model:
-    """Of a Hugging Face configuration."""
+def outlined(config: Any, objective: str, optimizer: str = "adamw") -> Model:
+    """Of a Hugging Face configuration, and the optimizer that trains it."""
     model = flops.outline(config, objective)
     head = model.get_output_embeddings().weight
-    return Model(tuple(p.numel() for p in model.parameters()), head.shape[1], head.shape[0])
+    layers = flops.hidden(model, head) if optimizer == "muon" else []
+    sizes = tuple(p.numel() for p in model.parameters())
+    return Model(sizes, head.shape[1], head.shape[0], tuple(layer.weight.numel() for layer in layers))
 
 
 class Micro(NamedTuple):
@@ -138,7 +141,7 @@ class Estimate:
 
 
 def estimate(model: Model, micro: Micro, ranks: int, config: EngineConfig, gpu: bool) -> Estimate:
-    """Memory of a rank that trains with Adam under an engine JSON, above what the process takes without a model.
+    """Memory of a rank that trains under an engine JSON, above what the process takes without a model.
 
     Without a GPU the device is host memory: add `device` and `host`. Not in it: buffers of the communication library,
     fragmentation, what the loader reads ahead (the targets of two steps, in host memory), checkpoints while they are
@@ -155,14 +158,16 @@ def estimate(model: Model, micro: Micro, ranks: int, config: EngineConfig, gpu: 
 
 
 def states(model: Model, ranks: int, how: Setting) -> list[Item]:
-    """Weights, master copy and Adam's moments."""
+    """Weights, master copy and the optimizer's moments."""
     whole, share = model.parameters, model.parameters / ranks
     if how.zero_stage == 0:
         return [Item("weights", "device", "always", 4 * whole), Item("moments", "device", "always", 8 * whole)]
     place: Where = {"none": "device", "cpu": "host", "nvme": "nvme"}[how.optimizer.device]  # type: ignore[assignment]
     # at stage 3 masters in bf16 are the partition itself
     masters = 0 if how.zero_stage == 3 and how.state == 2 else how.state * share
-    found = [Item("master weights", place, "always", masters), Item("moments", place, "always", 2 * how.state * share)]
+    adam = share - sum(model.muon) / ranks
+    found = [Item("master weights", place, "always", masters), Item("moments", place, "always", 2 * how.state * adam)]
+    found += muon(model, ranks, how) if model.muon else []
     if how.optimizer.device == "nvme":
         held = how.optimizer.buffer_count * 4 * min(share, how.sub_group)
         found.append(Item("swap buffers", "host", "always", held))
@@ -183,6 +188,25 @@ def states(model: Model, ranks: int, how: Setting) -> list[Item]:
         found.append(Item("weights", "nvme", "always", how.weight * share))
         found.append(Item("swap buffers", "host", "always", how.weight * buffers))
     return found
+
+
+def muon(model: Model, ranks: int, how: Setting) -> list[Item]:
+    """Muon's momentum, in the type of the gradients, and what its step makes of whole matrices."""
+    share, largest = sum(model.muon) / ranks, max(model.muon)
+    product = Item("Muon, a matrix", "device", "step" if how.zero_stage == 3 else "reduction", 4 * 4 * largest)
+    if how.zero_stage == 3:  # gathers gradients and momenta, of a bucket's matrices at a time
+        found = [Item("momentum", "device", "always", how.weight * share), product]
+        at_once = min(sum(model.muon), max(how.bucket, largest))
+        return found + [Item("Muon, gathered", "device", "step", 4 * how.weight * at_once)] * (ranks > 1)
+    # a rank has the whole momentum of a matrix that the ranks' shares cut, and a second one until a step is known to
+    # be good
+    own = min(share + largest, sum(model.muon)) if ranks > 1 else share
+    return [
+        Item("momentum", "device", "always", how.weight * own),
+        Item("momentum, new", "device", "always", how.weight * own),
+        Item("Muon, updates", "device", "reduction", how.weight * share),
+        product,
+    ]
 
 
 def gradients(model: Model, ranks: int, how: Setting, gpu: bool) -> list[Item]:

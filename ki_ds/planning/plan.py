@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ki_ds.engine import config as engine_config
+from ki_ds.engine import optimizers
 from ki_ds.engine.config import EngineConfig
 from ki_ds.experiment.graph import TrainedModel
 from ki_ds.experiment.schema import Experiment
@@ -64,7 +65,7 @@ class Need:
 
     @cached_property
     def model(self) -> memory.Model:
-        return memory.outlined(self.config, self.e.objective)
+        return memory.outlined(self.config, self.e.objective, self.train.optimizer)
 
     def kept(self, engine: EngineConfig, sequences: int) -> Kept:
         """Activations grow by as much with every sequence, so that two sizes tell of all."""
@@ -100,8 +101,9 @@ def verdict(need: Need, sequences: int, chosen: EngineConfig, there: Room) -> st
         return f"{said} {kind}; what is there is not known from here (ask with --memory GIB)"
     if there.holds(found):
         return f"{said}; fits ({there.source})"
+    fitting = {name: one for name, one in shipped_engines().items() if optimizers.fits(need.train, one)}
     known = ["fp32", *(half for half in ("fp16", "bf16") if not there.here or engine_config.supported(half))]
-    candidates = {name: one for name, one in shipped_engines().items() if one.precision in known and not one.lossy}
+    candidates = {name: one for name, one in fitting.items() if one.precision in known and not one.lossy}
     order = in_order(candidates, chosen)
     smaller = [size for size in need.sizes() if size < sequences]
     for size in (sequences, *smaller):

@@ -103,6 +103,7 @@ def _training(experiment: Experiment, workdir: Path, run: Run) -> Record:
     return {
         "optimizer": train.optimizer if train else None,
         "learning_rate": train.learning_rate if train else None,
+        "muon_learning_rate": train.muon_learning_rate if train and train.optimizer == "muon" else None,
         "schedule": train.schedule if train else None,
         "seed": experiment.model_seed(run.name),
         "tokens": tokens,
@@ -255,8 +256,9 @@ def _provenance(models: Record) -> list[tuple[str, dict[str, str]]]:
         training, inherit = record["training"], record["inherit"] or {}
         kept = " ".join(f"{key} {inherit[key]}" for key in ("k", "p", "draws") if inherit.get(key) is not None)
         seconds, rate = training["seconds"], training["tokens_per_second"]
+        rates = [f"{x:g}" for key in ("muon_learning_rate", "learning_rate") if (x := training[key]) is not None]
         return {
-            "optimizer, learning rate": f"{training['optimizer']}, {training['learning_rate']:g}",
+            "optimizer, learning rate": f"{training['optimizer']}, {' and '.join(rates)}",
             "its schedule": training["schedule"],
             "batch": f"{record['batch_size']:,} × {record['sequence_length']:,} tokens",
             "tokens": f"{training['tokens']:,}",

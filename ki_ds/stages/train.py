@@ -16,7 +16,7 @@ from ki_ds.engine.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.experiment.graph import TrainedModel, beyond_vocabulary, needs, taught_by, trained_model, trained_models
 from ki_ds.experiment.schedules import shared_steps
-from ki_ds.experiment.schema import Experiment, Model
+from ki_ds.experiment.schema import MUON, Experiment, Model
 from ki_ds.files import digest, file_digest
 from ki_ds.kernels.dispatch import chosen
 from ki_ds.launch import distributed, heartbeat
@@ -239,7 +239,8 @@ def why_not_longer(student: TrainedModel) -> str:
 
 def shaping(model: Model) -> dict[str, Any]:
     """What of a model's description shapes the result."""
-    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING, "seed": True, **INPUTS})
+    unused = MUON if model.train and model.train.optimizer != "muon" else set()
+    return model.model_dump(mode="json", exclude={"train": NOT_SHAPING | unused, "seed": True, **INPUTS})
 
 
 def training_facts(space: Workspace, student: TrainedModel) -> dict[str, Any]:

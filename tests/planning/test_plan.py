@@ -72,6 +72,16 @@ def test_one_of_the_shipped_engines_is_recommended(needed, monkeypatch):
     assert "engine/half.json would" in verdict(needed, 8, large, there)
 
 
+def test_no_engine_is_recommended_that_the_optimizer_does_not_go_with(needed, monkeypatch):
+    engines = {"zero0.json": EngineConfig(zero_stage=0), **ENGINES}
+    monkeypatch.setattr(plan, "shipped_engines", lambda: engines)
+    large = EngineConfig(zero_stage=1, reduce_bucket_size=10_000_000)
+    there = Room(True, max(needed.at(one, 8).device for one in engines.values()) / 0.9 + 1, None, "a GPU")
+    assert "engine/zero0.json would" in verdict(needed, 8, large, there)
+    needed.train = needed.train.model_copy(update={"optimizer": "muon", "gradient_clipping": 0.0})
+    assert "engine/whole.json would" in verdict(needed, 8, large, there)
+
+
 def test_a_smaller_micro_batch_where_no_engine_does(needed, monkeypatch):
     monkeypatch.setattr(plan, "shipped_engines", lambda: ENGINES)
     there = Room(True, needed.at(ENGINES["half.json"], 2).device / 0.9 + 1, None, "a GPU")
