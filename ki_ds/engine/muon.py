@@ -5,7 +5,6 @@ DeepSpeed's own, which orthogonalizes whole gradients at ZeRO 1 to 3 and knows a
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -15,7 +14,6 @@ from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
 from ki_ds.models import flops
 from ki_ds.models.language_model import LanguageModel
-from ki_ds.models.partitioned import shape
 
 COMPILED = ("muon_update", "zeropower_via_gram_newtonschulz", "zeropower_via_newtonschulz5")  # by DeepSpeed
 UNTRIED = (  # keys of the engine JSON
@@ -65,14 +63,11 @@ def _given(config: EngineConfig, path: str) -> Any:
 
 def mark(model: LanguageModel) -> None:
     """Say of every parameter whether it is Muon's (`use_muon`, which DeepSpeed reads), and the ratio of its learning
-    rate. Muon's are the matrices of the hidden linear layers. DeepSpeed makes the step of a [rows, columns] matrix
-    √max(1, rows / columns) long, which is meant for [out, in]; that of a transposed layer is [in, out]."""
-    found = {id(layer.weight): flops.transposed(layer) for layer in flops.hidden(model, model.head.weight)}
+    rate. Muon's are the matrices of the hidden linear layers."""
+    found = {id(layer.weight): flops.muon_ratio(layer) for layer in flops.hidden(model, model.head.weight)}
     for p in model.parameters():
         one: Any = p
-        one.use_muon = id(p) in found
-        rows, columns = shape(p) if found.get(id(p)) else (1, 1)
-        one.muon_ratio = math.sqrt(columns / rows) if one.use_muon else 0.0
+        one.use_muon, one.muon_ratio = id(p) in found, found.get(id(p), 0.0)
 
 
 def ratio(parameter: Any) -> float:

@@ -47,7 +47,7 @@ class Model(NamedTuple):
     sizes: tuple[int, ...]  # elements of every parameter, tied ones once
     hidden: int
     vocabulary: int  # rows of the head
-    muon: tuple[int, ...] = ()  # elements of the matrices that Muon steps, and not Adam
+    muon: tuple[tuple[int, ...], ...] = ()  # elements of the matrices that Muon steps, and not Adam, by group
 
     @property
     def parameters(self) -> int:
@@ -59,8 +59,11 @@ def outlined(config: Any, objective: str, optimizer: str = "adamw") -> Model:
     model = flops.outline(config, objective)
     head = model.get_output_embeddings().weight
     layers = flops.hidden(model, head) if optimizer == "muon" else []
+    groups: dict[float, list[int]] = {}
+    for layer in layers:
+        groups.setdefault(flops.muon_ratio(layer), []).append(layer.weight.numel())
     sizes = tuple(p.numel() for p in model.parameters())
-    return Model(sizes, head.shape[1], head.shape[0], tuple(layer.weight.numel() for layer in layers))
+    return Model(sizes, head.shape[1], head.shape[0], tuple(map(tuple, groups.values())))
 
 
 class Micro(NamedTuple):
@@ -165,7 +168,7 @@ def states(model: Model, ranks: int, how: Setting) -> list[Item]:
     place: Where = {"none": "device", "cpu": "host", "nvme": "nvme"}[how.optimizer.device]  # type: ignore[assignment]
     # at stage 3 masters in bf16 are the partition itself
     masters = 0 if how.zero_stage == 3 and how.state == 2 else how.state * share
-    adam = share - sum(model.muon) / ranks
+    adam = share - sum(map(sum, model.muon)) / ranks
     found = [Item("master weights", place, "always", masters), Item("moments", place, "always", 2 * how.state * adam)]
     found += muon(model, ranks, how) if model.muon else []
     if how.optimizer.device == "nvme":
@@ -192,15 +195,16 @@ def states(model: Model, ranks: int, how: Setting) -> list[Item]:
 
 def muon(model: Model, ranks: int, how: Setting) -> list[Item]:
     """Muon's momentum, in the type of the gradients, and what its step makes of whole matrices."""
-    share, largest = sum(model.muon) / ranks, max(model.muon)
+    whole, largest = sum(map(sum, model.muon)), max(map(max, model.muon))
+    share = whole / ranks
     product = Item("Muon, a matrix", "device", "step" if how.zero_stage == 3 else "reduction", 4 * 4 * largest)
     if how.zero_stage == 3:  # gathers gradients and momenta, of a bucket's matrices at a time
         found = [Item("momentum", "device", "always", how.weight * share), product]
-        at_once = min(sum(model.muon), max(how.bucket, largest))
+        at_once = min(whole, max(how.bucket, largest))
         return found + [Item("Muon, gathered", "device", "step", 4 * how.weight * at_once)] * (ranks > 1)
-    # a rank has the whole momentum of a matrix that the ranks' shares cut, and a second one until a step is known to
-    # be good
-    own = min(share + largest, sum(model.muon)) if ranks > 1 else share
+    # a rank has the whole momentum of a matrix that the ranks' shares of a group cut, and a second one until a step is
+    # known to be good
+    own = sum(min(sum(group) / ranks + (max(group) if ranks > 1 else 0), sum(group)) for group in model.muon)
     return [
         Item("momentum", "device", "always", how.weight * own),
         Item("momentum, new", "device", "always", how.weight * own),

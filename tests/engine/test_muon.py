@@ -5,11 +5,11 @@ import math
 import pytest
 import torch
 from helpers.engines import (  # noqa: F401
+    LENGTH,
+    VOCABULARY,
     batch,
-    engine_of,
     means,
     new_engine,
-    new_student,
     settings,
     step,
     weights,
@@ -23,6 +23,7 @@ from ki_ds.engine import checkpoints, optimizers
 from ki_ds.engine import muon as muon_module
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import EngineConfig
+from ki_ds.engine.engine import Engine
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Model
 from ki_ds.launch import distributed
@@ -75,11 +76,19 @@ def orthogonal(out_in):
     return math.sqrt(max(1, rows / columns)) * (x if rows <= columns else x.T)
 
 
-def muon(stage, **changes):
+def student():
+    """Three layers: the shares of two ranks cut a matrix of every kind."""
+    config = architectures.configuration("gpt-tiny", "clm", tokenizers.expected(VOCABULARY, "clm"), LENGTH, "m")
+    config.n_layer = 3
+    architectures.set_dropout(config, 0.0)
+    return LanguageModel(hugging_face.new_model(config, "clm", seed=1), VOCABULARY)
+
+
+def muon(stage):
     """Two micro-batches a step on each of two ranks, four on one."""
     layout = BatchLayout(8, 2, distributed.rank(), distributed.world_size())
     zero = {"stage": stage} | ({"stage3_param_persistence_threshold": 0} if stage == 3 else {})
-    return engine_of({"zero_optimization": zero}, layout=layout, **MUON | changes)
+    return Engine(student(), settings(**MUON), layout, EngineConfig.read({"zero_optimization": zero}, "engine.json"))
 
 
 def trained(one, begin=0, end=4):
@@ -96,7 +105,7 @@ def plain(world):  # noqa: F811
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(optimizers, "new", lambda model, train, config: Plain(model, train))
         ended = trained(muon(0))
-    begun = [(name, p.detach()) for name, p in new_student().named_parameters()]
+    begun = [(name, p.detach()) for name, p in student().named_parameters()]
     return {name: (one, other) for (name, one), other in zip(begun, ended, strict=True)}
 
 

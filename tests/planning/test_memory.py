@@ -73,6 +73,16 @@ def test_momentum_is_muons_and_the_moments_are_adams(stage, half):
     assert amount(said, "momentum, new") == pytest.approx(size(staged), abs=PADDING)
 
 
+def test_a_rank_has_the_whole_momentum_of_a_matrix_that_is_cut():
+    model = Model((800, 200), 10, 20, muon=((100,) * 6, (200,)))
+    for ranks, expected in ((1, 800), (2, 300 + 100 + 200), (4, 150 + 100 + 200)):
+        said = estimate(model, NOTHING, ranks, EngineConfig(zero_stage=2), gpu=False)
+        assert amount(said, "momentum") == amount(said, "momentum, new") == 4 * expected
+        assert amount(said, "moments") == 8 * 200 / ranks
+    said = estimate(model, NOTHING, 4, EngineConfig(zero_stage=3), gpu=False)
+    assert amount(said, "momentum") == 4 * 200
+
+
 @pytest.mark.parametrize("changes", [{}, pytest.param(MUON, marks=pytest.mark.slow)], ids=["adamw", "muon"])
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("stage", [*STAGES[:3], pytest.param(3, marks=pytest.mark.slow)])
