@@ -25,11 +25,16 @@ GPT = dict(architecture="gpt-base", objective="clm", vocabulary=50_257, length=1
 TINY = dict(architecture="roberta-tiny", objective="mlm", vocabulary=320, length=16, micro=2, batch=4, k=8)
 TINY_GPT = {**TINY, "architecture": "gpt-tiny", "objective": "clm"}
 # what is laid over an engine JSON, by what it is called
+MASTERS = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
+ZERO_PLUS_PLUS = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True}
 VARIANTS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": {}},
     "compiled": {"ki_ds": {"compile": True}},
+    "bf16 master weights and states": {"bf16": {"enabled": True, **MASTERS}},
+    "ZeRO++, quantised": {"zero_optimization": ZERO_PLUS_PLUS},
     "DeepSpeed's FusedAdam": {"optimizer": {"type": "AdamW"}},
 }
+MUON = {"optimizer": "muon", "muon_learning_rate": 0.02, "gradient_clipping": 0.0}
 DENSE_BF16 = {"H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312}  # nominal TFLOP/s, half precision, dense
 
 
@@ -46,12 +51,13 @@ def rows(device: str, tiny: bool) -> Iterator[Row]:
             yield f"{gpt['architecture']}, {name}", partial(one, gpt, name, {})
     for said, over in VARIANTS.items() if not tiny else list(VARIANTS.items())[:1]:  # others are compiled for minutes
         yield f"{large['architecture']}, {names[0]}, {said}", partial(one, large, names[0], over)
+    yield f"{large['architecture']}, {names[0]}, Muon", partial(one, large, names[0], {}, MUON)
     yield f"{gpt['architecture']}, {names[1]}", partial(one, gpt, names[1], {})
 
 
-def one(sizes: dict[str, Any], name: str, over: dict[str, Any]) -> Figures:
+def one(sizes: dict[str, Any], name: str, over: dict[str, Any], train: dict[str, Any] | None = None) -> Figures:
     """A row, in a process of its own."""
-    return apart("training_speed", {"sizes": sizes, "engine": name, "over": over})
+    return apart("training_speed", {"sizes": sizes, "engine": name, "over": over, "train": train or {}})
 
 
 def measure(given: dict[str, Any]) -> Figures:
@@ -70,7 +76,8 @@ def measure(given: dict[str, Any]) -> Figures:
     source = ENGINES / f"{given['engine']}.json"
     if not source.exists():
         raise NotHere(f"there is no {source}")
-    train = Train(on={"random": 1.0}, steps=steps, batch_size=batch, micro_batch_size=micro, learning_rate=1e-4)
+    numbers = {"on": {"random": 1.0}, "steps": steps, "batch_size": batch, "micro_batch_size": micro}
+    train = Train.model_validate({**numbers, "learning_rate": 1e-4, **given["train"]})
     try:
         config = EngineConfig.read({**json.loads(source.read_text()), **given["over"]}, source.name)
         check_device(config)
