@@ -74,7 +74,7 @@ def main() -> int:
             record.data["parts"].pop(part.name, None)
     record.save()
     print(f"{record.data['about']['gpu'] or 'no CUDA GPU'}; results: {record.path}", flush=True)
-    ends = time.time() + 60 * (given.minutes or sum(part.seconds for part in chosen))
+    ends = time.time() + (sum(part.seconds for part in chosen) if given.minutes is None else 60 * given.minutes)
     for part in chosen:
         left = ends - time.time()
         if left < LEAST_SECONDS:
