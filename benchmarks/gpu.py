@@ -90,6 +90,9 @@ def main() -> int:
 def run(part: Part, record: Record, ends: float) -> None:
     """A part in processes of its own, begun again after one that broke, as long as each settles a row."""
     print(f"\n{part.name}: {part.title}", flush=True)
+    rows = record.rows(part.name)
+    for name in [name for name, row in rows.items() if row["state"] in ("begun", "cut off")]:
+        del rows[name]  # of an earlier run: it is tried again
     record.note(part.name, before=asked(NOW))
     while time.time() < ends:
         command = [sys.executable, __file__, "--part", part.name, str(record.path)]
@@ -144,6 +147,12 @@ def work(part: Part, record: Record) -> None:
             state, found = "measured", {"figures": figures}
         except NotHere as reason:
             state, found = "not here", {"why": str(reason)}
+        except TimeoutError as error:
+            state, found = "cut off", {"why": str(error)}
+        except ModuleNotFoundError as error:
+            ours = (error.name or "").split(".")[0] in ("ki_ds", "gpu_parts", "helpers")
+            state = "failed" if ours else "not here"
+            found = {"why": f"{error.name} is not installed", "traceback": traceback.format_exc()}
         except torch.OutOfMemoryError as error:
             state, found = "not here", {"why": f"too little memory: {str(error).splitlines()[0]}"}
         except Exception as error:  # whatever it is, the next row runs

@@ -11,6 +11,7 @@ from loss_contenders import Case, Inputs, backward, inputs, losses, products, se
 from timing import left_out, timed
 
 from gpu_parts.part import Figures, Row
+from ki_ds.kernels import dispatch
 from ki_ds.kernels.dispatch import Impl
 from ki_ds.kernels.logit_transform import IDENTITY, logits_buffer
 from ki_ds.kernels.loss import chunked
@@ -48,6 +49,7 @@ def loss_row(case: Case, device: str, tiny: bool, compiled: bool) -> Figures:
     """Seconds and peak bytes of every contender, and how far their losses lie apart."""
     torch._dynamo.reset()
     x = inputs(case, device)
+    how = "triton" if tiny else dispatch.chosen(device, x.hidden_ND.dtype)
     chosen = losses(case, x, implementation(tiny), compiled)
     size = chunked.chunk_rows(case.rows, case.vocabulary, x.hidden_ND)
     calls: dict[str, Callable[[], Any]] = {"products": products(x, case.rows), "products by chunks": products(x, size)}
@@ -62,9 +64,11 @@ def loss_row(case: Case, device: str, tiny: bool, compiled: bool) -> Figures:
         "head / products": seconds["ce"] / seconds["products"],
         "ki / ce": seconds["ki"] / seconds["ce"],
     }
+    found["implementation"] = how
     if device == "cuda":
         found["TFLOP/s of the products"] = 6 * case.rows * case.hidden * case.vocabulary / seconds["products"] / 1e12
-        found["the pass over the logits, of a device copy's rate"] = bandwidth(case, x)
+        if how == "triton":
+            found["the pass over the logits, of a device copy's rate"] = bandwidth(case, x)
     return found
 
 

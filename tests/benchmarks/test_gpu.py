@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -90,13 +91,16 @@ def test_what_fails_is_recorded_and_the_next_row_runs(gpu, parts, record, capsys
     def too_large():
         raise torch.OutOfMemoryError("CUDA out of memory")
 
+    def imports():
+        import no_such_peer  # noqa: F401
+
     calls = []
-    rows = {"a": fails, "b": lacks, "c": too_large, "d": lambda: calls.append(1) or {"x": 1}}
+    rows = {"a": fails, "b": lacks, "c": too_large, "e": imports, "d": lambda: calls.append(1) or {"x": 1}}
     part = parts["part"].Part("made-up", "", 60, lambda device, tiny: iter(rows.items()))
     for _ in range(2):
         gpu.work(part, record)
         found = parts["record"].Record.read(record.path).rows("made-up")
-        assert [row["state"] for row in found.values()] == ["failed", "not here", "not here", "measured"]
+        assert [row["state"] for row in found.values()] == ["failed", "not here", "not here", "not here", "measured"]
     assert found["a"]["why"] == "ZeroDivisionError: by nothing" and "in fails" in found["a"]["traceback"]
     assert found["b"]["why"] == "liger_kernel is not installed"
     assert found["d"]["figures"] == {"x": 1}
@@ -123,6 +127,31 @@ def test_a_process_that_dies_costs_one_row(gpu, parts, record, monkeypatch):
     gpu.run(part, record, gpu.time.time() + 60)
     found = parts["record"].Record.read(record.path).rows("made-up")
     assert [row["state"] for row in found.values()] == ["cut off", "cut off", "measured"]
+
+
+def test_a_row_that_was_cut_off_is_tried_again_by_the_next_run(gpu, parts, record, monkeypatch):
+    """Within a run it is not, else it would take all of the time; nor is it a failure."""
+    late = iter([True, False])
+
+    def measure():
+        if next(late):
+            raise TimeoutError("the part's time is over")
+        return {"x": 1}
+
+    part = parts["part"].Part("made-up", "", 60, lambda device, tiny: iter({"a": measure}.items()))
+    for _ in range(2):
+        gpu.work(part, record)
+        assert record.rows("made-up")["a"]["state"] == "cut off"
+    assert not gpu.told(record, [part])
+
+    def child(command, **how):
+        gpu.work(part, parts["record"].Record.read(record.path))
+        return subprocess.Popen([sys.executable, "-c", ""], start_new_session=True)
+
+    monkeypatch.setattr(gpu, "subprocess", types.SimpleNamespace(Popen=child, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(gpu, "asked", lambda query: {})
+    gpu.run(part, record, gpu.time.time() + 60)
+    assert record.rows("made-up")["a"]["figures"] == {"x": 1}
 
 
 def test_rows_that_are_not_begun_in_time_stay_open(gpu, parts, record, monkeypatch):
