@@ -131,7 +131,8 @@ def fill(shards: ShardFolder, claims: Claims, job: TeachJob, device: torch.devic
             while (number := teacher.group.task(task)) is not None:
                 start = number * job.samples_per_shard
                 samples = np.arange(start, min(start + job.samples_per_shard, total))
-                there = min((claims.count() + len(storing)) * job.samples_per_shard, total) if shown else 0
+                written = claims.count() + sum(not one.done() for one in storing) if shown else 0
+                there = min(written * job.samples_per_shard, total)
 
                 def told(here: int, number: int = number, count: int = len(samples), there: int = there) -> bool:
                     """Say how far this shard is; whether it is still wanted."""

@@ -248,3 +248,19 @@ def test_losses_that_ought_to_be_the_same_are(gpu):
         found[name] = [loss().detach(), x.hidden_ND.grad, x.weight_VD.grad]
     for one, other in (("ki", "dense ki"), ("ki, again", "ki"), ("ce", "dense ce"), ("deepspeed ce, torch", "ce")):
         torch.testing.assert_close(found[one], found[other], rtol=1e-4, atol=1e-4)
+
+
+def test_others_losses_are_the_same_too(gpu):
+    """Liger's, where it is installed; in Triton's interpreter where there is no GPU."""
+    pytest.importorskip("liger_kernel")
+    import loss_contenders
+
+    case = loss_contenders.Case(12, 16, 320, 8, "float32")
+    x = loss_contenders.inputs(case, "cuda" if torch.cuda.is_available() else "cpu")
+    losses = loss_contenders.losses(case, x, compiled=False) | loss_contenders.liger(case, x)
+    found = {}
+    for name, loss in losses.items():
+        loss_contenders.backward(x, loss)()
+        found[name] = [loss().detach(), x.hidden_ND.grad, x.weight_VD.grad]
+    for one, other in (("liger ce", "ce"), ("liger ce, in fp32", "ce"), ("liger ce and kl", "ki")):
+        torch.testing.assert_close(found[one], found[other], rtol=1e-4, atol=1e-4)
