@@ -1,7 +1,7 @@
 """Measures the loss and the teacher's side on a CPU: time and memory, as ratios to peers and floors in the same run.
 
-    python benchmarks/kernels.py
-    python benchmarks/kernels.py --repeats 9 --output cpu.json
+    python benchmarks/loss_on_cpu.py
+    python benchmarks/loss_on_cpu.py --repeats 9 --output cpu.json
     python benchmarks/gpu.py --only loss-speed       # the same on a GPU, and more peers
 
 Contenders take turns, and a figure is the median of its turns, so that a machine whose speed varies does so for all.
