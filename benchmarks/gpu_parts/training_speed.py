@@ -26,12 +26,17 @@ TINY = dict(architecture="roberta-tiny", objective="mlm", vocabulary=320, length
 TINY_GPT = {**TINY, "architecture": "gpt-tiny", "objective": "clm"}
 # what is laid over an engine JSON, by what it is called
 MASTERS = {"bf16_master_weights_and_grads": True, "bf16_optimizer_states": True}
-ZERO_PLUS_PLUS = {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True}
+# of gradients in fp16 alone; DeepSpeed quantises them between nodes, so not on one machine
+ZERO_PLUS_PLUS = {
+    "zero_optimization": {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True},
+    "bf16": {"enabled": False},
+    "fp16": {"enabled": True},
+}
 VARIANTS: dict[str, dict[str, Any]] = {
     "activation checkpointing": {"activation_checkpointing": {}},
     "compiled": {"ki_ds": {"compile": True}},
     "bf16 master weights and states": {"bf16": {"enabled": True, **MASTERS}},
-    "ZeRO++, quantised": {"zero_optimization": ZERO_PLUS_PLUS},
+    "ZeRO++, quantised": ZERO_PLUS_PLUS,
     "DeepSpeed's FusedAdam": {"optimizer": {"type": "AdamW"}},
 }
 MUON = {"optimizer": "muon", "muon_learning_rate": 0.02, "gradient_clipping": 0.0}

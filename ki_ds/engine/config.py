@@ -9,6 +9,7 @@ from typing import Any, Literal, TypeVar
 import torch
 
 from ki_ds.engine import refusals
+from ki_ds.engine.low_precision import HALF_MASTERS, SECONDARY, ZERO_PLUS_PLUS
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
 
@@ -108,9 +109,9 @@ class EngineConfig(_DeepSpeedJson):
                 zero.get("stage3_param_persistence_threshold", cls.param_persistence_threshold)
             ),
             sub_group_size=float(zero.get("sub_group_size", cls.sub_group_size)),
-            quantized=tuple(key for key in refusals.ZERO_PLUS_PLUS if zero.get(key)),
-            secondary_ranks=int(zero.get("zero_hpz_partition_size", 1)),
-            half_states=bool(_given(data, "bf16").get(refusals.HALF_MASTERS[0])),
+            quantized=tuple(key for key in ZERO_PLUS_PLUS if zero.get(key)),
+            secondary_ranks=int(zero.get(SECONDARY, 1)),
+            half_states=_enabled(data, "bf16") and bool(data["bf16"].get(HALF_MASTERS[0])),
             optimizer=_given(data, "optimizer").get("type"),
             activation_checkpointing="activation_checkpointing" in data,
             layer_norm=_given(data, "ki_ds").get("layer_norm", cls.layer_norm),

@@ -59,6 +59,7 @@ NAMES: tuple[PrivateName, ...] = (
     PrivateName("accelerator.abstract_accelerator", "DeepSpeedAccelerator.create_op_builder", "attribute", "compiles"),
     PrivateName("ops.op_builder.builder", "OpBuilder.name", "instance", "the folder of what is compiled"),
     PrivateName("ops.op_builder.builder", "OpBuilder.load", "attribute", "compiles and loads"),
+    PrivateName("ops.op_builder.cpu.no_impl", "NotImplementedBuilder", "attribute", "an operator that a CPU lacks"),
     *(PrivateName("ops.op_builder", name, "attribute", "is compiled when it is needed") for name in _BUILDERS),
     # engine/checkpoints.py
     PrivateName("runtime.engine", "zero_pp_rank_", "text", "which rank wrote a file"),

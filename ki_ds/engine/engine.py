@@ -12,6 +12,7 @@ from ki_ds.engine import checkpoints, features, optimizers
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import EngineConfig
 from ki_ds.engine.loss_scale import LossScale
+from ki_ds.errors import UserError, reason
 from ki_ds.experiment.schema import Train
 from ki_ds.kernels import KILoss
 from ki_ds.models.language_model import LanguageModel
@@ -24,7 +25,8 @@ class Engine:
         import deepspeed
 
         features.prepare(model, config)
-        self.bare = config.zero_stage == 0
+        self.bare, self.source = config.zero_stage == 0, config.source
+        self.compile_errors = features.compile_errors(config)
         optimizer = optimizers.new(model, train, config)
         joined = {
             **config.for_deepspeed,
@@ -59,8 +61,17 @@ class Engine:
         self.deepspeed.eval()
 
     def __call__(self, *inputs: Any) -> KILoss:
-        """The model's forward pass, on every rank."""
-        result: KILoss = self.deepspeed(*inputs)
+        """The model's forward pass, on every rank.
+
+        Raises:
+            UserError: it is to be compiled, and cannot be.
+        """
+        try:
+            result: KILoss = self.deepspeed(*inputs)
+        except self.compile_errors as error:
+            raise UserError(
+                f"{self.source}: ki_ds.compile: torch.compile cannot compile this model ({reason(error)}); leave it out"
+            ) from None
         return result
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -90,6 +90,15 @@ def _check_folder(setting: str, folder: str) -> None:
         raise UserError(f"{setting}.nvme_path: {folder} is not a folder that can be written")
 
 
+def compile_errors(config: EngineConfig) -> tuple[type[Exception], ...]:
+    """What a forward pass raises when the model cannot be compiled."""
+    if not config.compiled:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException
+
+    return (TorchDynamoException,)
+
+
 def recompute(model: LanguageModel) -> None:
     """Let the layers be computed again in the backward pass, instead of keeping what is inside them.
 

@@ -22,10 +22,9 @@ def load(name: str, asked: str) -> Any:
     Raises:
         UserError: it cannot be compiled here, or an interrupted build is in the way.
     """
-    from deepspeed.accelerator import get_accelerator
     from torch.utils.cpp_extension import _get_build_directory
 
-    builder = get_accelerator().create_op_builder(name)
+    builder = _builder(name, asked)
     folder = Path(_get_build_directory(builder.name, False))  # made where it is missing
     if distributed.local_rank() == 0:
         clear(folder / "lock")
@@ -44,11 +43,10 @@ def check(name: str, asked: str) -> None:
     Raises:
         UserError: naming what is missing.
     """
-    from deepspeed.accelerator import get_accelerator
     from deepspeed.git_version_info import installed_ops
     from torch.utils.cpp_extension import get_cxx_compiler, is_ninja_available
 
-    builder = get_accelerator().create_op_builder(name)
+    builder = _builder(name, asked)
     if installed_ops.get(builder.name):
         return
     compiler = get_cxx_compiler()
@@ -62,6 +60,21 @@ def check(name: str, asked: str) -> None:
         raise _refusal(name, builder, asked, reason(error)) from None
     if not compatible:
         raise _refusal(name, builder, asked, "what it is made of is missing")
+
+
+def _builder(name: str, asked: str) -> Any:
+    """What compiles an operator for this machine's device.
+
+    Raises:
+        UserError: DeepSpeed has none.
+    """
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder(name)
+    if builder is None or type(builder).__name__ == "NotImplementedBuilder":
+        device = get_accelerator().device_name()
+        raise UserError(f"{asked}: DeepSpeed has no {name.removesuffix('Builder')} for a {device}; leave it out")
+    return builder
 
 
 def _refusal(name: str, builder: Any, asked: str, why: str) -> UserError:

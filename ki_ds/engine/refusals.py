@@ -9,6 +9,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from ki_ds.engine import low_precision
 from ki_ds.errors import UserError, nearest
 from ki_ds.launch import distributed
 
@@ -54,8 +55,6 @@ CHECKPOINTING = (
     "synchronize_checkpoint_boundary", "profile",
 )  # fmt: skip
 OWN: dict[str, tuple[Any, ...]] = {"layer_norm": ("torch", "apex"), "compile": (True, False)}  # keys of "ki_ds"
-HALF_MASTERS = ("bf16_master_weights_and_grads", "bf16_optimizer_states")
-ZERO_PLUS_PLUS = ("zero_quantized_weights", "zero_quantized_gradients")
 SHORT = ("fp32", "bf16", "fp16")
 FLOATS = {  # types that a key may name, of the block before it
     ("torch_autocast", "dtype"): (*SHORT, "float32", "bfloat16", "float16"),
@@ -102,8 +101,8 @@ def check_training(data: Any, source: str) -> None:
     _check_checkpoint(data, source)
     _check_offload(data, int(stage), source)
     _check_descriptions(data, DESCRIPTIONS, source)
-    _check_half_masters(data, source)
-    _check_zero_plus_plus(data, int(stage), source)
+    low_precision.check_half_masters(data, source)
+    low_precision.check_zero_plus_plus(data, int(stage), source)
     _check_optimizer(data, source)
     _check_activation_checkpointing(data, source)
     _check_own(data, source)
@@ -128,6 +127,9 @@ def check_inference(data: Any, source: str, precision: str) -> None:
     found = zero.get("stage") if isinstance(zero, dict) else None
     if not isinstance(zero, dict) or found != 3:
         raise UserError(f"{source}: zero_optimization.stage: found {json.dumps(found)}; expected 3 for inference")
+    for key in (*low_precision.ZERO_PLUS_PLUS, low_precision.SECONDARY):
+        if key in zero:
+            raise UserError(f"{source}: zero_optimization.{key}: ZeRO++ is for training; leave it out")
     if "offload_optimizer" in zero:
         raise UserError(f"{source}: zero_optimization.offload_optimizer: inference has no optimizer; leave it out")
     offload = zero.get("offload_param", {})
@@ -270,51 +272,6 @@ def _check_descriptions(data: dict[str, Any], keys: Iterable[str], source: str) 
             raise UserError(f"{source}: {key}.{place}: {word}") from None
         except (AssertionError, ValueError, TypeError) as error:
             raise UserError(f"{source}: {key}: {error}") from None
-
-
-def _check_half_masters(data: dict[str, Any], source: str) -> None:
-    """Master weights in half precision: those combinations alone that DeepSpeed runs without its CPUAdam."""
-    if data.get("fp16", {}).get("fp16_master_weights_and_grads"):
-        raise UserError(
-            f"{source}: fp16.fp16_master_weights_and_grads: is not supported; leave it out, or use bf16 with "
-            "bf16_master_weights_and_grads and bf16_optimizer_states"
-        )
-    block = data.get("bf16", {})
-    chosen = [key for key in HALF_MASTERS if block.get(key)]
-    if not chosen:
-        return
-    if len(chosen) < len(HALF_MASTERS):
-        raise UserError(f"{source}: bf16.{chosen[0]}: expected {' and '.join(HALF_MASTERS)} together, or neither")
-    zero = data.get("zero_optimization", {})
-    if any(zero.get(key, {}).get("device", "none") != "none" for key in ("offload_optimizer", "offload_param")):
-        raise UserError(f"{source}: bf16.{chosen[0]} with offload is not supported; leave one of them out")
-    if data.get("data_types", {}).get("grad_accum_dtype") not in (None, "bf16", "bfloat16"):
-        raise UserError(
-            f"{source}: bf16.{chosen[0]} with data_types.grad_accum_dtype: gradients are accumulated in bf16 then; "
-            "leave one of them out"
-        )
-
-
-def _check_zero_plus_plus(data: dict[str, Any], stage: int, source: str) -> None:
-    """What DeepSpeed would ignore below stage 3, or of a partition of no size."""
-    zero = data.get("zero_optimization", {})
-    if zero.get("zero_quantized_nontrainable_weights"):
-        raise UserError(
-            f"{source}: zero_optimization.zero_quantized_nontrainable_weights: every weight is trained here; "
-            "leave it out"
-        )
-    hpz = zero.get("zero_hpz_partition_size", 1)
-    if type(hpz) is not int or hpz < 1:
-        raise UserError(
-            f"{source}: zero_optimization.zero_hpz_partition_size: found {json.dumps(hpz)}; expected the number of "
-            "ranks that share a second copy of the weights, such as the GPUs of a node"
-        )
-    given = [key for key in ZERO_PLUS_PLUS if zero.get(key)] + (["zero_hpz_partition_size"] if hpz > 1 else [])
-    if given and stage != 3:
-        raise UserError(
-            f"{source}: zero_optimization.{given[0]}: DeepSpeed would ignore it at stage {stage}; expected "
-            '"stage": 3, or leave it out'
-        )
 
 
 def _check_optimizer(data: dict[str, Any], source: str) -> None:

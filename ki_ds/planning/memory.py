@@ -166,8 +166,7 @@ def states(model: Model, ranks: int, how: Setting) -> list[Item]:
     if how.zero_stage == 0:
         return [Item("weights", "device", "always", 4 * whole), Item("moments", "device", "always", 8 * whole)]
     place: Where = {"none": "device", "cpu": "host", "nvme": "nvme"}[how.optimizer.device]  # type: ignore[assignment]
-    # at stage 3 masters in bf16 are the partition itself
-    masters = 0 if how.zero_stage == 3 and how.state == 2 else how.state * share
+    masters = how.state * share  # a copy of the partition, also where that is of the same type
     adam = share - sum(map(sum, model.muon)) / ranks
     found = [Item("master weights", place, "always", masters), Item("moments", place, "always", 2 * how.state * adam)]
     found += muon(model, ranks, how) if model.muon else []
@@ -179,7 +178,8 @@ def states(model: Model, ranks: int, how: Setting) -> list[Item]:
     small = sum(size for size in model.sizes if size <= how.small)
     live = min(whole, max(how.live, max(model.sizes)))
     if how.secondary > 1:
-        found.append(Item("second copy of the weights", "device", "always", how.weight * whole / how.secondary))
+        beside: Where = "host" if how.parameters.active else "device"
+        found.append(Item("second copy of the weights", beside, "always", how.weight * whole / how.secondary))
     found.append(Item("small weights, whole", "device", "always", how.weight * small))
     if ranks > 1 or how.parameters.active:  # else what is gathered is the partition itself
         gathered: list[Phase] = ["backward", "reduction"]

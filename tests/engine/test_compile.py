@@ -81,3 +81,14 @@ def test_without_a_compiler_it_is_refused(monkeypatch):
     (check,) = [one for one in features.requirements(config) if one is features._check_compiler]
     with pytest.raises(UserError, match=r"ki_ds.compile: torch.compile needs a C\+\+ compiler .*or leave compile out"):
         check()
+
+
+def test_a_model_that_cannot_be_compiled_is_said_in_words(monkeypatch):
+    from torch._dynamo.exc import TorchDynamoException
+
+    one = engine_of({"zero_optimization": {"stage": 1}})
+    one.compile_errors = features.compile_errors(EngineConfig(compiled=True))
+    broken = TorchDynamoException("no graph")
+    monkeypatch.setattr(one, "deepspeed", lambda *given: (_ for _ in ()).throw(broken))
+    with pytest.raises(UserError, match=r"engine\.json: ki_ds\.compile: .* cannot compile this model .*leave it out"):
+        one()

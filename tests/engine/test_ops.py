@@ -73,5 +73,13 @@ def test_operator_that_cannot_be_compiled(tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "false")
     with pytest.raises(UserError, match=r"optimizer: DeepSpeed.s cpu_adam cannot be compiled.*needs g\+\+"):
         ops.load("CPUAdamBuilder", "optimizer")
-    with pytest.raises(UserError, match="zero_quantized_weights: DeepSpeed's"):
-        ops.load("QuantizerBuilder", "zero_quantized_weights")
+
+
+@pytest.mark.parametrize("use", [ops.check, ops.load])
+def test_operator_that_deepspeed_has_not_for_this_device(use, monkeypatch):
+    from deepspeed.accelerator import get_accelerator
+
+    unbuilt = type("NotImplementedBuilder", (), {})
+    monkeypatch.setattr(get_accelerator(), "create_op_builder", lambda name: unbuilt())
+    with pytest.raises(UserError, match=r"zero_quantized_weights: DeepSpeed has no Quantizer for a c\w+; leave it out"):
+        use("QuantizerBuilder", "zero_quantized_weights")
