@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -39,13 +39,16 @@ def timed(calls: dict[str, Callable[[], Any]], repeats: int, device: str) -> dic
     return {name: statistics.median(times) for name, times in found.items()}
 
 
-def left_out(calls: dict[str, Callable[[], Any]]) -> dict[str, str]:
-    """Take out the calls that this machine cannot do, for want of memory or whatever they raise: why, by name."""
+def left_out(calls: dict[str, Callable[[], Any]], needed: Container[str] = ()) -> dict[str, str]:
+    """Take out the calls that this machine cannot do, for want of memory or whatever they raise: why, by name. What one
+    that is `needed` raises comes through."""
     found = {}
     for name in list(calls):
         try:
             calls[name]()
         except Exception as error:  # a peer may fail in any way
+            if name in needed:
+                raise
             found[name] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             del calls[name]
     return found

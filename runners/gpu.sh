@@ -21,7 +21,11 @@ pip=("$python" -m pip install --quiet --disable-pip-version-check --no-warn-scri
 if [ -n "$wheels" ]; then
     found=()
     for wheel in "$wheels"/*.whl; do # what torch is made of stays
-        case ${wheel##*/} in torch-* | triton-* | nvidia_c* | "*.whl") ;; *) found+=("$wheel") ;; esac
+        case ${wheel##*/} in
+        nvidia_ml_py-*) found+=("$wheel") ;;
+        torch-* | triton-* | nvidia_* | cuda_* | ki_ds-* | "*.whl") ;;
+        *) found+=("$wheel") ;;
+        esac
     done
     [ ${#found[@]} -gt 0 ] || { echo "error: $wheels holds no wheels" >&2; exit 2; }
     "${pip[@]}" --no-index --no-deps "${found[@]}"

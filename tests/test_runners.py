@@ -54,6 +54,45 @@ def test_the_demo_gets_the_arguments_and_the_package_without_extras(script, tmp_
     assert first[-2].startswith("pip -m pip install ") and first[-2].endswith(f"--editable {tmp_path}")
 
 
+def test_a_gpus_torch_is_left_as_it_is(script, tmp_path, monkeypatch):
+    """What is installed from a folder of wheels, and what the benchmark is given."""
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    for name in (
+        "torch-2",
+        "triton-3",
+        "nvidia_nccl_cu13-2",
+        "cuda_bindings-13",
+        "ki_ds-0",
+        "nvidia_ml_py-13",
+        "hjson-3",
+    ):
+        (wheels / f"{name}-py3-none-any.whl").touch()
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\ncase "$*" in *version_info*) echo 3.12 ;; -c*) ;; *) echo "$@" ;; esac\n')
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(python))
+    given, itself, benchmark = script("gpu.sh", "--wheels", str(wheels), "--minutes", "38")
+    assert [Path(word).name for word in given.split() if word.endswith(".whl")] == [
+        "hjson-3-py3-none-any.whl", "nvidia_ml_py-13-py3-none-any.whl"
+    ]  # fmt: skip
+    assert "--no-index --no-deps" in given and f"--target {tmp_path}/.gpu-site/3.12" in given
+    assert "--no-index --no-deps" in itself and itself.endswith(str(tmp_path))
+    assert benchmark == "benchmarks/gpu.py --minutes 38"
+
+
+@pytest.mark.parametrize(("wheels", "said"), [(True, "holds no wheels"), (False, "has no torch")])
+def test_a_gpu_run_that_cannot_begin_says_why(script, tmp_path, monkeypatch, wheels, said):
+    (tmp_path / "empty").mkdir()
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\n" + ("echo 3.12" if wheels else "exit 1"))
+    python.chmod(0o755)
+    monkeypatch.setenv("PYTHON", str(python))
+    with pytest.raises(subprocess.CalledProcessError) as refused:
+        script("gpu.sh", "--wheels", str(tmp_path / "empty"))
+    assert refused.value.returncode == 2 and said in refused.value.stderr
+
+
 def test_it_is_installed_again_only_when_pins_or_extras_have_changed(script, tmp_path):
     def installed(name):
         return any(line.startswith("pip ") for line in script(name))

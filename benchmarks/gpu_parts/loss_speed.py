@@ -46,7 +46,7 @@ def implementation(tiny: bool) -> Impl:
 
 
 def loss_row(case: Case, device: str, tiny: bool, compiled: bool) -> Figures:
-    """Seconds and peak bytes of every contender, and how far their losses lie apart."""
+    """Seconds, peak bytes and the loss of every contender."""
     torch._dynamo.reset()
     x = inputs(case, device)
     how = "triton" if tiny else dispatch.chosen(device, x.hidden_ND.dtype)
@@ -54,9 +54,10 @@ def loss_row(case: Case, device: str, tiny: bool, compiled: bool) -> Figures:
     size = chunked.chunk_rows(case.rows, case.vocabulary, x.hidden_ND)
     calls: dict[str, Callable[[], Any]] = {"products": products(x, case.rows), "products by chunks": products(x, size)}
     calls |= {name: backward(x, loss) for name, loss in chosen.items()}
-    failed = left_out(calls)
+    failed = left_out(calls, needed=("products", "ce", "ki"))
     seconds = timed(calls, 1 if tiny else TURNS, device)
     found: Figures = {
+        "implementation": how,
         "seconds": seconds,
         "left out": failed,
         "peak bytes": {name: peak(x, calls[name]) for name in chosen if name in calls} if device == "cuda" else {},
@@ -64,7 +65,6 @@ def loss_row(case: Case, device: str, tiny: bool, compiled: bool) -> Figures:
         "head / products": seconds["ce"] / seconds["products"],
         "ki / ce": seconds["ki"] / seconds["ce"],
     }
-    found["implementation"] = how
     if device == "cuda":
         found["TFLOP/s of the products"] = 6 * case.rows * case.hidden * case.vocabulary / seconds["products"] / 1e12
         if how == "triton":
@@ -105,7 +105,7 @@ def select_row(case: Case, device: str, tiny: bool) -> Figures:
     """The teacher's side: seconds of choosing and packing beside the bare product, and beside log_softmax and topk."""
     x = inputs(case, device)
     calls = select_contenders(case, x, implementation(tiny))
-    failed = left_out(calls)
+    failed = left_out(calls, needed=("head product", "select"))
     seconds = timed(calls, 1 if tiny else TURNS, device)
     return {
         "seconds": seconds,

@@ -34,17 +34,8 @@ def tested(*words: str) -> Figures:
         raise NotHere(f"{', '.join(lacking)} not installed")
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-m",
-            "gpu",
-            *words,
-            f"--junitxml={report}",
-            "-p",
-            "no:cacheprovider",
-        ]
+        options = ["-m", "gpu", f"--junitxml={report}", "-p", "no:cacheprovider"]
+        command = [sys.executable, "-m", "pytest", *words, *options]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=max(seconds_left(), 1))
         assert report.exists(), done.stdout[-3000:] + done.stderr[-3000:]
         suite = next(iter(ElementTree.parse(report).getroot()))

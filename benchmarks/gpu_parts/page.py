@@ -81,11 +81,11 @@ GOALS = [
          figure("of the bare forward pass"), 0.9, most=False),
     Goal("self-learning, roberta-large: share of the nominal rate", "training-speed", "roberta-large, zero1_bf16",
          figure("share of the nominal rate, alone"), 0.45, most=False),
-    Goal("inheriting, roberta-large, in self-learning", "training-speed", "roberta-large, zero?_?f16",
+    Goal("inheriting, roberta-large, in self-learning", "training-speed", "roberta-large, zero?_[bf]*16",
          figure("inheriting / alone"), 1.02),
-    Goal("inheriting, gpt-base, in self-learning", "training-speed", "gpt-base, zero?_?f16",
+    Goal("inheriting, gpt-base, in self-learning", "training-speed", "gpt-base, zero?_[bf]*16",
          figure("inheriting / alone"), 1.02),
-    Goal("waiting for targets, seconds a step", "training-speed", "*, zero?_?f16",
+    Goal("waiting for targets, seconds a step", "training-speed", "*, zero?_[bf]*16",
          figure("waited for targets, seconds a step, median"), 0.001),
 ]  # fmt: skip
 

@@ -19,8 +19,7 @@ END = "KI_DS_PART_ENDS"  # the time, seconds since 1970, at which the part's bud
 
 
 class NotHere(Exception):
-    """A row cannot be measured on this machine; says why. The row is left out by name, the run goes on. Figures
-    that are but {"skipped": why} say the same."""
+    """A row cannot be measured on this machine; says why. The row is left out by name, the run goes on."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def seconds_left() -> float:
     return float(os.environ.get(END, time.time() + 600)) - time.time()
 
 
-def apart(module: str, given: dict[str, Any], environment: dict[str, str] | None = None) -> Figures:
+def apart(module: str, given: dict[str, Any]) -> Figures:
     """The figures that `measure(given)` of a module of this package finds in a process of its own, which takes its
     memory with it when it ends; ended where the part's time is over.
 
@@ -48,9 +47,7 @@ def apart(module: str, given: dict[str, Any], environment: dict[str, str] | None
         TimeoutError: the part's time is over.
     """
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), "--measure", module, json.dumps(given)]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(environment or {})}
-    )  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         said, _ = process.communicate(timeout=max(seconds_left(), 1))
     except subprocess.TimeoutExpired:

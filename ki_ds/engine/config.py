@@ -204,7 +204,7 @@ def check_ranks(config: EngineConfig, ranks: int) -> None:
         UserError: naming the key.
     """
     shared = config.secondary_ranks
-    if shared > 1 and (ranks % shared or shared > ranks):
+    if ranks % shared:
         raise UserError(
             f"{config.source}: zero_optimization.zero_hpz_partition_size: {shared} does not divide the {ranks} "
             f"process{'es' if ranks > 1 else ''}; expected the ranks of a node, or another --processes"

@@ -12,7 +12,7 @@ import torch
 from ki_ds.engine.config import EngineConfig
 from ki_ds.errors import UserError
 from ki_ds.experiment.schema import Train
-from ki_ds.models import flops
+from ki_ds.models import matrices
 from ki_ds.models.language_model import LanguageModel
 
 COMPILED = ("muon_update", "zeropower_via_gram_newtonschulz", "zeropower_via_newtonschulz5")  # by DeepSpeed
@@ -64,7 +64,7 @@ def _given(config: EngineConfig, path: str) -> Any:
 def mark(model: LanguageModel) -> None:
     """Say of every parameter whether it is Muon's (`use_muon`, which DeepSpeed reads), and the ratio of its learning
     rate. Muon's are the matrices of the hidden linear layers."""
-    found = {id(layer.weight): flops.muon_ratio(layer) for layer in flops.hidden(model, model.head.weight)}
+    found = {id(layer.weight): matrices.muon_ratio(layer) for layer in matrices.hidden(model, model.head.weight)}
     for p in model.parameters():
         one: Any = p
         one.use_muon, one.muon_ratio = id(p) in found, found.get(id(p), 0.0)

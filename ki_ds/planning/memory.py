@@ -24,7 +24,7 @@ import torch
 from ki_ds.engine.config import EngineConfig, OptimizerOffload, ParameterOffload
 from ki_ds.kernels.loss.chunked import CHUNK_BYTES, LEAST_ROWS, MOST_ROWS
 from ki_ds.kernels.select.eager import LOGIT_BYTES
-from ki_ds.models import architectures, flops
+from ki_ds.models import architectures, flops, matrices
 from ki_ds.planning.activations import Kept, Pass, kept
 
 Where = Literal["device", "host", "nvme"]
@@ -58,10 +58,10 @@ def outlined(config: Any, objective: str, optimizer: str = "adamw") -> Model:
     """Of a Hugging Face configuration, and the optimizer that trains it."""
     model = flops.outline(config, objective)
     head = model.get_output_embeddings().weight
-    layers = flops.hidden(model, head) if optimizer == "muon" else []
+    layers = matrices.hidden(model, head) if optimizer == "muon" else []
     groups: dict[float, list[int]] = {}
     for layer in layers:
-        groups.setdefault(flops.muon_ratio(layer), []).append(layer.weight.numel())
+        groups.setdefault(matrices.muon_ratio(layer), []).append(layer.weight.numel())
     sizes = tuple(p.numel() for p in model.parameters())
     return Model(sizes, head.shape[1], head.shape[0], tuple(map(tuple, groups.values())))
 

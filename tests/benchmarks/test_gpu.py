@@ -1,5 +1,6 @@
 """The GPU run: every part runs, tiny, on the CPU; a row that fails, hangs or cannot run costs nothing but itself."""
 
+import fnmatch
 import json
 import os
 import subprocess
@@ -202,6 +203,15 @@ def test_the_page_judges_the_worst_row_and_leaves_open_what_nobody_measured(part
     assert "2 **not reached**" in lines["cross-entropy, in the fastest peer's time"]
     assert lines["the teach stage, of the bare forward pass"].endswith("| open |")
     assert "## claim: a larger model that inherits, and one that learns alone\n\nOpen." in said
+
+
+def test_every_goal_is_of_rows_that_a_gpu_run_has(gpu, parts):
+    """A goal that no row can meet would stay open for ever; inheritance is judged in both half precisions."""
+    named = {part.name: [name for name, _ in part.rows("cuda", False)] for part in gpu.PARTS}
+    found = {goal.said: fnmatch.filter(named[goal.part], goal.row) for goal in parts["page"].GOALS}
+    assert all(found.values()), found
+    large = found["inheriting, roberta-large, in self-learning"]
+    assert large == [f"roberta-large, zero{stage}_{half}" for half in ("bf16", "fp16") for stage in (1, 2, 3)]
 
 
 def test_without_any_result_every_row_is_open(parts):

@@ -7,7 +7,16 @@ from functools import partial
 import pytest
 import torch
 from helpers.commands import metrics
-from helpers.engines import Loader, new_engine, settings, step, tiny_run, weights, world  # noqa: F401
+from helpers.engines import (  # noqa: F401
+    Interrupted,
+    Watched,
+    new_engine,
+    settings,
+    step,
+    tiny_run,
+    weights,
+    world,
+)
 
 from ki_ds.errors import UserError
 from ki_ds.experiment.schedules import alpha, learning_rate
@@ -29,22 +38,9 @@ def able(monkeypatch):
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: True)
 
 
-class Watched(Loader):
-    """Keeps which steps it was asked for; `until`: raises Interrupted when asked for this one."""
-
-    def __init__(self, until=None):
-        super().__init__(partial(alpha, INHERIT, steps=20))
-        self.asked, self.until = [], until
-
-    def __call__(self, number):
-        if number == self.until:
-            raise Interrupted
-        self.asked.append(number)
-        return super().__call__(number)
-
-
-class Interrupted(Exception):
-    pass
+def watched(until=None):
+    """A loader whose α falls."""
+    return Watched(until, alpha=partial(alpha, INHERIT, steps=20))
 
 
 def engine(stage, dropout=0.1, **fp16):
@@ -59,7 +55,7 @@ def train_on(one, folder, loader=None, **changes):
     """The records of a run with a falling α, without its times."""
     run = replace(tiny_run(folder.name, **changes), inherit=INHERIT)
     folder.mkdir(exist_ok=True)
-    train(one, loader or Watched(), run, folder, {"fingerprint": "x"})
+    train(one, loader or watched(), run, folder, {"fingerprint": "x"})
     return [{key: value for key, value in line.items() if key not in TIMES} for line in metrics(folder)]
 
 
@@ -95,7 +91,7 @@ def test_twenty_steps_follow_fp32(stage):
 @pytest.mark.parametrize("stage", OPTIMIZERS)
 def test_overflows_at_the_start_stand_still_until_the_scale_fits(stage, tmp_path):
     """More than ten tries of step 0, and then all is as in a run that began at the scale they ended at."""
-    loader = Watched()
+    loader = watched()
     one = engine(stage, initial_scale_power=34)
     found = train_on(one, tmp_path / "high", loader)
     scale, skipped = found[0]["loss_scale"], found[0]["skipped"]
@@ -170,8 +166,8 @@ def test_a_resumed_run_continues_with_its_loss_scale(stage, tmp_path):
     wanted = train_on(whole, tmp_path / "whole", checkpoint_every=5)
     assert len({line["loss_scale"] for line in wanted}) > 2
     with pytest.raises(Interrupted):
-        train_on(engine(stage, **how), tmp_path / "two", Watched(until=11), checkpoint_every=5)
-    again, loader = engine(stage, **how), Watched()
+        train_on(engine(stage, **how), tmp_path / "two", watched(until=11), checkpoint_every=5)
+    again, loader = engine(stage, **how), watched()
     found = train_on(again, tmp_path / "two", loader, checkpoint_every=5)
     assert loader.asked[0] == 10
     assert found == wanted

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 from helpers.commands import metrics
-from helpers.engines import Loader, new_engine, settings, tiny_run, world  # noqa: F401
+from helpers.engines import Interrupted, Watched, new_engine, settings, tiny_run, world  # noqa: F401
 from helpers.marks import NEEDS_GPU
 
 from ki_ds.corpus import tokenizer as tokenizers
@@ -28,24 +28,6 @@ STAGES = (1, 2, 3)
 MODEL, VOCABULARY, LENGTH, SEQUENCES = (
     ("gpt-base", 8192, 256, 4) if torch.cuda.is_available() else ("gpt-tiny", 300, 16, 2)
 )
-
-
-class Interrupted(Exception):
-    pass
-
-
-class Watched(Loader):
-    """Keeps which steps it was asked for; `until`: raises Interrupted when asked for this one."""
-
-    def __init__(self, until=None):
-        super().__init__()
-        self.asked, self.until = [], until
-
-    def __call__(self, number):
-        if number == self.until:
-            raise Interrupted
-        self.asked.append(number)
-        return super().__call__(number)
 
 
 def train_on(one, folder, loader=None, **changes):

@@ -112,3 +112,21 @@ class Loader:
 
     def close(self):
         pass
+
+
+class Interrupted(Exception):
+    """What a `Watched` loader raises."""
+
+
+class Watched(Loader):
+    """Keeps which steps it was asked for; `until`: raises Interrupted when asked for this one."""
+
+    def __init__(self, until=None, **more):
+        super().__init__(**more)
+        self.asked, self.until = [], until
+
+    def __call__(self, number):
+        if number == self.until:
+            raise Interrupted
+        self.asked.append(number)
+        return super().__call__(number)
