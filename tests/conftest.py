@@ -7,6 +7,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
+from helpers.commands import LAUNCHER
 
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -20,6 +21,16 @@ distributed.quiet()
 for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, usual)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_rank():
+    """A test that joined a process group in this process leaves none of its variables to what is started later."""
+    yield
+    left = set(LAUNCHER) & os.environ.keys()
+    for name in left:
+        del os.environ[name]
+    assert not left, f"left in the environment: {', '.join(sorted(left))}"
 
 
 def pytest_collection_modifyitems(items):

@@ -2,7 +2,6 @@
 
 import fnmatch
 import json
-import os
 import subprocess
 import sys
 import types
@@ -10,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import commands
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +39,7 @@ def record(parts, tmp_path):
 def program(*arguments, environment=None, timeout=600):
     """`benchmarks/gpu.py` as a user runs it."""
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *map(str, arguments)]
-    given = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", **(environment or {})}
+    given = {**commands.environment(), "DS_ACCELERATOR": "cpu", "PYTHONWARNINGS": "ignore", **(environment or {})}
     return subprocess.run(command, capture_output=True, text=True, env=given, timeout=timeout)
 
 

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 
 import pytest
-from helpers.commands import here, ki_ds, write
+from helpers.commands import here, ki_ds, no_rank, write
 from helpers.folders import forge
 
 from ki_ds.cli import run
@@ -379,6 +379,7 @@ def test_demo_says_what_is_wrong_before_it_writes_its_text(tmp_path):
 @pytest.mark.parametrize("option", [[], ["--trust-checkpoints"]])
 def test_trust_in_checkpoints_reaches_the_ranks_and_the_engine(command, option, tmp_path, monkeypatch):
     given, seen = write(tmp_path / "e.json", experiment()), []
+    no_rank(monkeypatch)
     monkeypatch.setattr(run, "run", lambda _space, launch, *_: seen.append(launch.arguments) or [])
     monkeypatch.setattr(run, "_work", lambda space, *_: seen.append(space.trust_checkpoints))
     monkeypatch.setattr(run.heartbeat, "start", lambda *_, **__: None)

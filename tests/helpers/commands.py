@@ -26,6 +26,13 @@ def environment():
     return {key: value for key, value in os.environ.items() if key not in LAUNCHER and not key.startswith(SCHEDULERS)}
 
 
+def no_rank(patch):
+    """This process is no rank, and is none again once `patch` is undone, whatever has joined a group until then."""
+    for name in LAUNCHER:
+        patch.setenv(name, "")
+        patch.delenv(name)
+
+
 def ki_ds(*arguments, code=0, cwd=None):
     """Run ki-ds; its output. Fails the test on another exit code."""
     done = subprocess.run(

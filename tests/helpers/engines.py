@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from helpers import commands
 from ki_ds.corpus import tokenizer as tokenizers
 from ki_ds.engine.batch_layout import BatchLayout
 from ki_ds.engine.config import EngineConfig
@@ -22,14 +23,10 @@ STAGES = (0, 1, 2, 3)
 @pytest.fixture(scope="module", autouse=True)
 def world():
     """The process group is joined once; DeepSpeed does not survive its end."""
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     with pytest.MonkeyPatch.context() as patch:
-        for name in names:
-            patch.delenv(name, raising=False)
+        commands.no_rank(patch)
         distributed.init_distributed()
         yield
-        for name in names:
-            patch.delenv(name, raising=False)
 
 
 def settings(**changes):
