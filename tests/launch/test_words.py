@@ -65,7 +65,8 @@ def on_nodes(tmp_path, monkeypatch):
     (tmp_path / "hosts").write_text("node-a slots=1\n")
     monkeypatch.setattr(command.shutil, "which", lambda name: name)
     monkeypatch.setattr(command, "unreachable", lambda names: [])
-    monkeypatch.setenv("HOME", str(tmp_path))
+    # read from HOME when it is first imported, which another test may have done
+    monkeypatch.setattr("deepspeed.launcher.runner.DEEPSPEED_ENVIRONMENT_PATHS", [str(tmp_path), "."])
     return lambda **how: check(Launch([], 1, tmp_path, tmp_path / "hosts", **how))
 
 
