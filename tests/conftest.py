@@ -24,13 +24,13 @@ for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHU
 
 
 @pytest.fixture(scope="module", autouse=True)
-def no_rank():
+def launcher_variables():
     """A test that joined a process group in this process leaves none of its variables to what is started later."""
+    before = {name: os.environ[name] for name in LAUNCHER if name in os.environ}
     yield
-    left = set(LAUNCHER) & os.environ.keys()
-    for name in left:
-        del os.environ[name]
-    assert not left, f"left in the environment: {', '.join(sorted(left))}"
+    after = {name: os.environ.pop(name) for name in LAUNCHER if name in os.environ}
+    os.environ.update(before)
+    assert after == before, "a test of this module has left a launcher's variables in the environment otherwise"
 
 
 def pytest_collection_modifyitems(items):
