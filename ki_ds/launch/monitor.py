@@ -12,6 +12,7 @@ from ki_ds.launch.records import read_record, write_record
 from ki_ds.progress import duration
 
 WORD_FILE = "word.json"  # in the control folder: what the monitor says
+START_S = 120.0  # at least so long a rank may take to appear: Python and its libraries are loaded before its first sign
 
 
 def rank_file(rank: int) -> str:
@@ -32,7 +33,7 @@ class Monitor:
     """Watches the ranks of a run through their files in the control folder."""
 
     def __init__(self, folder: Path, world_size: int, timeout_s: float):
-        self.folder, self.timeout_s, self.beat = folder, timeout_s, 0
+        self.folder, self.timeout_s, self.start_s, self.beat = folder, timeout_s, max(timeout_s, START_S), 0
         now = time.monotonic()
         self.ranks = {rank: RankState({}, now, now) for rank in range(world_size)}
 
@@ -52,18 +53,21 @@ class Monitor:
                 state.alive_since = now
             if record.get("progress") != state.record.get("progress"):
                 state.progress_since = now
+            if not state.record and record:
+                self._has_appeared(now)
             state.record = record
         return self.verdict(now)
+
+    def _has_appeared(self, now: float) -> None:
+        """Until the last rank is here, those before it have nothing to get on with."""
+        for state in self.ranks.values():
+            state.progress_since = now
 
     def verdict(self, now: float) -> str:
         """As `look`, from what was seen before."""
         left = {rank: state for rank, state in self.ranks.items() if not state.record.get("ended")}
-        dead = [rank for rank, state in left.items() if now - state.alive_since > self.timeout_s]
-        stuck = [
-            rank
-            for rank, state in left.items()
-            if now - state.progress_since > self.timeout_s * state.record.get("patience", 1)
-        ]
+        dead = [rank for rank, state in left.items() if now - state.alive_since > self._silence_s(state)]
+        stuck = [rank for rank, state in left.items() if now - state.progress_since > self._standstill_s(state)]
         blamed = dead or [rank for rank in stuck if not left[rank].record.get("waiting")]
         if not blamed and len(stuck) < len(left):
             return ""  # who waits for others is not to blame
@@ -72,10 +76,17 @@ class Monitor:
         behind = dead or [rank for rank in blamed if left[rank].record.get("progress", 0) == least]
         return "; ".join(self._words(rank, rank in dead) for rank in behind)
 
+    def _silence_s(self, state: RankState) -> float:
+        return self.timeout_s if state.record else self.start_s
+
+    def _standstill_s(self, state: RankState) -> float:
+        all_here = all(one.record for one in self.ranks.values())
+        return self.timeout_s * state.record.get("patience", 1) if all_here else self.start_s
+
     def _words(self, rank: int, dead: bool) -> str:
         record = self.ranks[rank].record
         if not record:
-            return f"rank {rank}: did not appear within {duration(self.timeout_s)}"
+            return f"rank {rank}: did not appear within {duration(self.start_s)}"
         sign = "no sign of life" if dead else "no progress"
         return (
             f"rank {rank} (host {record.get('host')}, process {record.get('process')}): {sign} for "

@@ -12,7 +12,7 @@ from helpers.ranks import ranks
 from ki_ds import files
 from ki_ds.launch import heartbeat, leftovers
 from ki_ds.launch.leftovers import Leftovers
-from ki_ds.launch.monitor import Monitor
+from ki_ds.launch.monitor import START_S, Monitor
 from ki_ds.launch.records import RECORD_BYTES, read_record, write_record
 
 LIMIT = 10.0
@@ -77,9 +77,27 @@ def test_all_waiting_for_each_other_are_blamed(monitor):
 
 
 def test_rank_that_never_appears(monitor):
+    looks = round(START_S / (LIMIT * 0.6))
+    for n in range(looks + 1):
+        assert beats(monitor, r0=(n, n, False), r1=(n, n, False)) == ""
+    assert beats(monitor, r0=(looks, looks, False), r1=(looks, looks, False)) == (
+        "rank 2: did not appear within 2m 00s"
+    )
+
+
+def test_those_who_wait_for_one_that_loads_its_libraries_slowly_are_not_blamed(monitor):
+    """With a limit shorter than the start of a process takes: a loaded machine, a network's disk."""
+    for n in range(5):
+        assert beats(monitor, r0=(n, 0, False), r1=(n, 0, False)) == ""
+    assert beats(monitor, r0=(5, 0, False), r1=(5, 0, False), r2=(0, 0, False)) == ""
+    assert beats(monitor, r0=(6, 0, False), r1=(6, 0, False), r2=(1, 0, False)) == ""
+    assert "no progress for 10s" in beats(monitor, r0=(7, 1, False), r1=(7, 0, False), r2=(2, 1, False))
+
+
+def test_rank_that_dies_before_the_others_appear_is_blamed_in_time(monitor):
     for n in range(3):
-        said = beats(monitor, r0=(n, n, False), r1=(n, n, False))
-    assert said == "rank 2: did not appear within 10s"
+        said = beats(monitor, r0=(0, 0, False), r1=(n, n, False))
+    assert said.startswith("rank 0 (host host0, process 7): no sign of life for 10s")
 
 
 def test_rank_that_has_ended_is_not_missed(monitor):
