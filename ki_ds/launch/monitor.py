@@ -53,21 +53,23 @@ class Monitor:
                 state.alive_since = now
             if record.get("progress") != state.record.get("progress"):
                 state.progress_since = now
-            if not state.record and record:
-                self._has_appeared(now)
+            if not state.record and record:  # until the last rank is here, those before it have nothing to get on with
+                for other in self.ranks.values():
+                    other.progress_since = now
             state.record = record
         return self.verdict(now)
-
-    def _has_appeared(self, now: float) -> None:
-        """Until the last rank is here, those before it have nothing to get on with."""
-        for state in self.ranks.values():
-            state.progress_since = now
 
     def verdict(self, now: float) -> str:
         """As `look`, from what was seen before."""
         left = {rank: state for rank, state in self.ranks.items() if not state.record.get("ended")}
-        dead = [rank for rank, state in left.items() if now - state.alive_since > self._silence_s(state)]
-        stuck = [rank for rank, state in left.items() if now - state.progress_since > self._standstill_s(state)]
+        limits = {rank: self.timeout_s if state.record else self.start_s for rank, state in left.items()}
+        dead = [rank for rank, state in left.items() if now - state.alive_since > limits[rank]]
+        all_here = all(state.record for state in left.values())
+        stuck = [
+            rank
+            for rank, state in left.items()
+            if all_here and now - state.progress_since > self.timeout_s * state.record.get("patience", 1)
+        ]
         blamed = dead or [rank for rank in stuck if not left[rank].record.get("waiting")]
         if not blamed and len(stuck) < len(left):
             return ""  # who waits for others is not to blame
@@ -75,13 +77,6 @@ class Monitor:
         least = min((left[rank].record.get("progress", 0) for rank in blamed), default=0)
         behind = dead or [rank for rank in blamed if left[rank].record.get("progress", 0) == least]
         return "; ".join(self._words(rank, rank in dead) for rank in behind)
-
-    def _silence_s(self, state: RankState) -> float:
-        return self.timeout_s if state.record else self.start_s
-
-    def _standstill_s(self, state: RankState) -> float:
-        all_here = all(one.record for one in self.ranks.values())
-        return self.timeout_s * state.record.get("patience", 1) if all_here else self.start_s
 
     def _words(self, rank: int, dead: bool) -> str:
         record = self.ranks[rank].record
